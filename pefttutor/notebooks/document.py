@@ -1,0 +1,134 @@
+"""A notebook as the tool reads it: cells, tags, outputs, and the one text form in which it is committed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+PICTURES = ("image/png", "image/jpeg")
+
+# What differs from machine to machine, or from run to run, and therefore has no place in a stored output.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/])/(?:root|home|tmp|Users|work|opt|var|private|usr|mnt|content)/|\b[A-Z]:\\\w"
+)
+ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
+PROGRESS = re.compile(r"\r(?!\n)|\d%\||\bit/s\b|\bs/it\b")
+
+_COMMENT = re.compile(r"^\s*#+\s*NBVAL_(\w+)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that a lesson must not have, or lacks: where it is, which rule says so, and what to do."""
+
+    file: str
+    cell: str
+    rule: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file} [{self.cell}] {self.rule}: {self.what}"
+
+
+class Document:
+    """A notebook file, with the questions that the rules ask."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.text = self.path.read_text(encoding="utf-8")
+        self.notebook = nbformat.from_dict(json.loads(self.text))
+
+    @cached_property
+    def cells(self) -> list[Any]:
+        return [joined(cell) for cell in self.notebook.get("cells", [])]
+
+    @cached_property
+    def code(self) -> list[Any]:
+        return [cell for cell in self.cells if cell.cell_type == "code"]
+
+    @cached_property
+    def markdown(self) -> list[Any]:
+        return [cell for cell in self.cells if cell.cell_type == "markdown"]
+
+    @cached_property
+    def number(self) -> int | None:
+        """12 for `12_lora.ipynb`; None when the name does not begin with two digits."""
+        match = re.match(r"(\d\d)_", self.path.name)
+        return int(match[1]) if match else None
+
+    @cached_property
+    def headings(self) -> list[tuple[Any, int, str]]:
+        """(cell, level, text) of every heading in order; lines inside code fences are none."""
+        found = []
+        for cell in self.markdown:
+            for line in without_fences(cell.source).splitlines():
+                match = re.match(r"(#{1,6})\s+(.*)", line)
+                if match:
+                    found.append((cell, len(match[1]), match[2].strip()))
+        return found
+
+    def problem(self, cell: Any, rule: str, what: str) -> Problem:
+        return Problem(
+            self.path.name, cell if isinstance(cell, str) else name_of(cell, self.cells), rule, what
+        )
+
+
+def joined(cell: Any) -> Any:
+    """The cell with its source as one string (the file keeps it as a list of lines)."""
+    source = cell.get("source", "")
+    cell["source"] = source if isinstance(source, str) else "".join(source)
+    return cell
+
+
+def name_of(cell: Any, cells: list[Any]) -> str:
+    return cell.get("id") or f"cell {cells.index(cell)}"
+
+
+def without_fences(markdown: str) -> str:
+    return re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def marks(cell: Any) -> set[str]:
+    """nbval's marks on a cell, from tags and comments, as tags: {"nbval-ignore-output", "raises-exception", …}."""
+    comments = {f"nbval-{word.lower().replace('_', '-')}" for word in _COMMENT.findall(cell.source)}
+    return set(cell.metadata.get("tags", [])) | comments
+
+
+def may_raise(cell: Any) -> bool:
+    return bool(marks(cell) & {"raises-exception", "nbval-raises-exception"})
+
+
+def compared(cell: Any) -> bool:
+    return not marks(cell) & {"nbval-ignore-output", "nbval-skip"}
+
+
+def texts(output: Any) -> Iterator[str]:
+    """Every piece of text that an output shows to a reader."""
+    if output.output_type == "stream":
+        yield _text(output.get("text", ""))
+    elif output.output_type == "error":
+        yield f"{output.ename}: {output.evalue}"
+        yield from output.get("traceback", [])
+    for kind, value in output.get("data", {}).items():
+        if kind not in PICTURES and kind != WIDGET_VIEW:
+            yield _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "".join(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def canonical(notebook: Any) -> str:
+    """The one text form of a notebook: keys sorted, one blank of indentation, characters as they are, a newline."""
+    split = nbformat.v4.rwbase.split_lines(nbformat.from_dict(json.loads(json.dumps(notebook))))
+    return json.dumps(split, indent=1, sort_keys=True, ensure_ascii=False, separators=(",", ": ")) + "\n"

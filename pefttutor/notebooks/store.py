@@ -1,0 +1,144 @@
+"""Run a lesson in a fresh kernel, clean what it showed, and write it in its canonical form."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+from pefttutor.files import write_atomically
+from pefttutor.notebooks.document import WIDGET_VIEW, Document, canonical, joined, may_raise, name_of
+from pefttutor.notebooks.environment import kernel_environment
+
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+CELL_METADATA = ("tags", "jupyter", "jp-MarkdownHeadingCollapsed", "alt")
+NOTEBOOK_METADATA = ("browser_check",)
+FORMAT = (4, 5)
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NotStored(RuntimeError):
+    """The notebook did not run, or showed what must not be stored; its file is as it was."""
+
+
+def store(path: Path | str, *, timeout_s: float = 300) -> bool:
+    """Run the notebook and write what it showed; False when the file already said exactly that.
+
+    Raises: NotStored when a cell raises without the tag `raises-exception`, is too slow, kills the kernel, writes to
+    stderr, or shows a widget without its picture.
+    """
+    path = Path(path)
+    before = path.read_text(encoding="utf-8")
+    text = canonical(cleaned(run(path, timeout_s=timeout_s), path.name))
+    if text == before:
+        return False
+    write_atomically(path, text.encode("utf-8"))
+    return True
+
+
+def run(path: Path | str, *, real: bool = False, timeout_s: float = 300) -> Any:
+    """Run the notebook in a fresh kernel, in its own folder, and return it with its outputs; nothing is written.
+
+    real: ask for the section on real models (PEFTTUTOR_REAL=1), which takes minutes.
+    """
+    path = Path(path).resolve()
+    notebook = prepared(Document(path))
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(
+        notebook, timeout=int(timeout_s), kernel_name="python3", resources=resources, record_timing=False
+    )
+    try:
+        client.execute(env=kernel_environment(real=real))
+    except CellExecutionError as error:
+        failed = next(cell for cell in notebook.cells if _error(cell) is not None and not may_raise(cell))
+        where = f"{path.name} [{name_of(failed, notebook.cells)}]"
+        raise NotStored(f"{where} raised {error.ename}: {_COLOUR.sub('', error.evalue)}") from None
+    except CellTimeoutError:
+        raise NotStored(f"{path.name}: a cell ran longer than {timeout_s:g} s") from None
+    except DeadKernelError:
+        raise NotStored(f"{path.name}: the kernel died (out of memory?)") from None
+    return notebook
+
+
+def prepared(document: Document) -> Any:
+    """The notebook as it goes into the kernel: every cell with an id of its own, no outputs, no counts."""
+    notebook = document.notebook
+    notebook.nbformat, notebook.nbformat_minor = FORMAT
+    taken: set[str] = set()
+    for cell in document.cells:
+        cell.id = _free_id(cell, taken)
+        taken.add(cell.id)
+        cell.metadata = nbformat.from_dict(
+            {k: v for k, v in cell.get("metadata", {}).items() if k in CELL_METADATA}
+        )
+        cell.source = cell.source.rstrip()
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    kept = {k: v for k, v in notebook.get("metadata", {}).items() if k in NOTEBOOK_METADATA}
+    notebook.metadata = nbformat.from_dict(
+        {**kept, "kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    )
+    return notebook
+
+
+def _free_id(cell: Any, taken: set[str]) -> str:
+    """The cell's own id where it has a good one; else text-1, code-2, …"""
+    own = cell.get("id") or ""
+    if _ID.fullmatch(own) and own not in taken:
+        return own
+    stem = "code" if cell.cell_type == "code" else "text"
+    return next(f"{stem}-{n}" for n in range(1, 10_000) if f"{stem}-{n}" not in taken)
+
+
+def cleaned(notebook: Any, name: str) -> Any:
+    """The notebook that ran, without what only a live kernel can use and what only this machine would say."""
+    code = [joined(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, start=1):
+        where = f"{name} [{name_of(cell, notebook.cells)}]"
+        cell.execution_count = count
+        cell.outputs = [_clean_output(output, count, where) for output in _merged(cell.outputs)]
+    notebook.metadata = nbformat.from_dict(
+        {k: v for k, v in notebook.metadata.items() if k in NOTEBOOK_METADATA}
+        | {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    )
+    return notebook
+
+
+def _merged(outputs: list[Any]) -> list[Any]:
+    """Neighbouring pieces of one stream as one: where the kernel flushes is a matter of time."""
+    merged: list[Any] = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def _clean_output(output: Any, count: int, where: str) -> Any:
+    if output.output_type == "stream" and output.name == "stderr":
+        raise NotStored(f"{where} wrote to stderr: {output.text.strip()[:200]!r}; silence its cause")
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    if output.output_type == "error":
+        # Frames name files of this machine; nbval compares the name and the message.
+        output.traceback = [f"{output.ename}: {output.evalue}"]
+    if WIDGET_VIEW in output.get("data", {}):
+        del output.data[WIDGET_VIEW]
+        output.metadata.pop(WIDGET_VIEW, None)
+        if "image/png" not in output.data:
+            raise NotStored(
+                f"{where} shows a widget without a picture: nothing would be left where no kernel runs. "
+                "Show a pefttutor.widgets.Explorer, or call display() on a figure first"
+            )
+    return output
+
+
+def _error(cell: Any) -> Any:
+    return next((output for output in cell.get("outputs", []) if output.output_type == "error"), None)
