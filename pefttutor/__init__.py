@@ -1,0 +1,73 @@
+"""pefttutor: parameter-efficient fine-tuning methods, each in one small file, and what a lesson needs.
+
+    import pefttutor
+
+    method = pefttutor.LoRA(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
+    model = method.attach(model)                 # freezes the base, adds what trains
+    pefttutor.fit(model, batches, steps=200)
+    pefttutor.save(model, "my-adapter")
+
+Everything is loaded when it is first asked for, so `import pefttutor` alone doesn't even import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# Idle OpenMP threads that spin take the cores from those that work. It has an effect only before torch is
+# imported; whoever has set it keeps their choice.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if TYPE_CHECKING:
+    from pefttutor.lowrank import *  # noqa: F403
+    from pefttutor.method import adapted as adapted
+    from pefttutor.method import freeze as freeze
+    from pefttutor.method import trainable as trainable
+    from pefttutor.storage import load as load
+    from pefttutor.storage import save as save
+    from pefttutor.train import History as History
+    from pefttutor.train import callback as callback
+    from pefttutor.train import evaluate as evaluate
+    from pefttutor.train import fit as fit
+
+METHOD_FOLDERS = ("lowrank",)  # each names its method classes in the `__all__` of its `__init__`
+_FUNCTIONS = {
+    "adapted": "method",
+    "freeze": "method",
+    "trainable": "method",
+    "load": "storage",
+    "save": "storage",
+    "History": "train",
+    "callback": "train",
+    "evaluate": "train",
+    "fit": "train",
+}
+_MODULES = ("bench", "check", "data", "kernels", "memory", "method", "models", "storage", "train", "widgets")
+
+
+def methods() -> dict[str, type]:
+    """All method classes by name. Only these can be named in a saved adapter."""
+    folders = [importlib.import_module(f"{__name__}.{folder}") for folder in METHOD_FOLDERS]
+    return {name: getattr(folder, name) for folder in folders for name in folder.__all__}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use (PEP 562)."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name in _FUNCTIONS:
+        value = getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        value = methods().get(name)
+        if value is None:
+            raise AttributeError(f"pefttutor has no {name!r}; it has {', '.join(__dir__())}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_FUNCTIONS, *_MODULES, *methods(), "methods"])

@@ -1,0 +1,5 @@
+"""Low-rank methods (chapter 4.4): the change of a weight is a product of two thin matrices."""
+
+from pefttutor.lowrank.lora import LoRA
+
+__all__ = ["LoRA"]
