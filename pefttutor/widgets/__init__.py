@@ -1,0 +1,11 @@
+"""Pictures to look inside a model: a static figure first, the sliders second.
+
+`Explorer` turns any function that draws a figure into a widget; `ranks` shows the rank of what a method learnt.
+"""
+
+# Imported here, not on demand: `widgets.ranks` must be the callable, never the submodule of the same name.
+from pefttutor.widgets.explorer import Explorer
+from pefttutor.widgets.ranks import ranks
+from pefttutor.widgets.style import Picture
+
+__all__ = ["Explorer", "Picture", "ranks"]

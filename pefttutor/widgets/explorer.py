@@ -1,0 +1,170 @@
+"""Explorer: a function that draws a figure, with sliders for its arguments."""
+
+from __future__ import annotations
+
+import html
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from pefttutor.widgets import style
+
+# An error has its own background, so that it can be read in a dark and in a light theme.
+_ERROR = (
+    '<div role="alert" style="background:#FDECEA;color:#7A1712;padding:6px 10px;line-height:1.4">{}</div>'
+)
+_CAPTION = '<div role="status" aria-live="polite" style="line-height:1.4">{}</div>'
+
+
+class Explorer:
+    """Call `draw(**values)` whenever a control moves, and show the figure that it returns.
+
+        def draw(rank, layer):
+            picture = style.Picture(6, 3, alt=f"layer {layer} at rank {rank}")
+            ...
+            return picture
+
+        Explorer(draw, "What each rank keeps", rank=range(1, 9), layer=["q_proj", "v_proj"])
+
+    draw:     returns a matplotlib figure (made without pyplot); its `alt`, if it has one, is written under it.
+    alt:      one fixed sentence that says what the picture shows; a notebook stores it beside the PNG.
+    controls: a `range` becomes a slider, a sequence of options a drop-down list, a bool a check box;
+              any ipywidgets control is taken as it is. The keyword is its name and the argument of `draw`.
+
+    The picture is made by matplotlib and sent as PNG: no script is fetched, nothing is captured from the cell, and
+    what a notebook stores (a sentence and the PNG) is a figure wherever there is no kernel. Arrow keys move a slider.
+
+    Raises: what `draw` raises, at the first drawing and in `set`. When a control moves, nobody would see an exception:
+    it is then written in the widget, and kept in `.error`.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], alt: str, **controls: Any) -> None:
+        self.alt = alt
+        self.error: Exception | None = None
+        self.controls = {name: _control(name, given) for name, given in controls.items()}
+        self._draw = draw
+        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(border="1px solid #BBBBBB"))
+        self._caption = ipywidgets.HTML()
+        self._message = ipywidgets.HTML()
+        row = ipywidgets.HBox(
+            list(self.controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center")
+        )
+        self.widget = ipywidgets.VBox([row, self._message, self._image, self._caption])
+        self._redraw()
+        for control in self.controls.values():
+            control.observe(self._moved, names="value")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls say now, as `draw` gets it."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def set(self, **values: Any) -> Explorer:
+        """Move controls from a cell or a test: `explorer.set(rank=5)`. Draws once.
+
+        Raises: ValueError for an unknown control or a value out of range (nothing is moved then); what `draw` raises.
+        """
+        unknown = sorted(set(values) - set(self.controls))
+        if unknown:
+            raise ValueError(f"set: no control named {unknown}; the controls are {list(self.controls)}")
+        before = self.values
+        with self._unobserved():
+            for name, value in values.items():
+                try:
+                    self.controls[name].value = value
+                except Exception:
+                    self._restore(before)
+                    raise ValueError(_refusal(name, value, self.controls[name])) from None
+                if self.controls[name].value != value:  # a slider moves to its nearest end without a word
+                    self._restore(before)
+                    raise ValueError(_refusal(name, value, self.controls[name]))
+        try:
+            self._redraw()
+        except Exception as error:
+            self._show_error(error)
+            raise
+        return self
+
+    def _restore(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self.controls[name].value = value
+
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        for control in self.controls.values():
+            control.unobserve(self._moved, names="value")
+        try:
+            yield
+        finally:
+            for control in self.controls.values():
+                control.observe(self._moved, names="value")
+
+    def _moved(self, _change: Any) -> None:
+        try:
+            self._redraw()
+        except Exception as error:
+            self._show_error(error)
+
+    def _redraw(self) -> None:
+        values = self.values
+        with style.paper():
+            figure = self._draw(**values)
+        if not isinstance(figure, Figure):
+            raise TypeError(f"draw must return a matplotlib Figure, not {type(figure).__name__}")
+        alt = getattr(figure, "alt", "") or self.alt
+        self._image.value = style.png(figure)
+        self._image.width = str(style.width_px(figure))  # without a width a VBox stretches the picture
+        if self._image.has_trait("tooltip"):  # ipywidgets 8: becomes the picture's name for a screen reader
+            self._image.tooltip = self.alt
+        self._caption.value = _CAPTION.format(html.escape(alt))
+        self.figure, self._drawn, self.error, self._message.value = figure, values, None, ""
+
+    def _show_error(self, error: Exception) -> None:
+        self.error = error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        still = ", ".join(f"{name} = {value}" for name, value in self._drawn.items())
+        text = html.escape(f"{type(error).__name__}: {error}  (line {where.lineno} in {where.name})")
+        self._message.value = _ERROR.format(f"<b>{text}</b><br>The picture still shows {html.escape(still)}.")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
+        """A fixed sentence, the picture, and the live widget; the first two are what a notebook keeps."""
+        data, metadata = style.picture_bundle(self.figure, self.alt, alt=getattr(self.figure, "alt", None))
+        data["application/vnd.jupyter.widget-view+json"] = {
+            "version_major": 2,
+            "version_minor": 0,
+            "model_id": self.widget.model_id,
+        }
+        return data, metadata
+
+
+def _control(name: str, given: Any) -> ipywidgets.Widget:
+    """The ipywidgets control for one keyword of Explorer. Only what ipywidgets 7.7 and 8 share is used."""
+    label = name.replace("_", " ")
+    look = {"description": label, "style": {"description_width": "initial"}}
+    if isinstance(given, ipywidgets.Widget):
+        given.description = given.description or label
+        return given
+    if isinstance(given, bool):
+        return ipywidgets.Checkbox(given, indent=False, **look)
+    if isinstance(given, range) and len(given) > 0:
+        low, high = min(given), max(given)
+        # One drawing when the handle is let go, not a queue of them.
+        step = {"step": abs(given.step), "continuous_update": False}
+        return ipywidgets.IntSlider(value=given[0], min=low, max=high, **step, **look)
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0:
+        return ipywidgets.Dropdown(options=list(given), layout=ipywidgets.Layout(width="max-content"), **look)
+    raise ValueError(
+        f"control {name!r}: got {given!r}, expected a non-empty range, a sequence of options, a bool or a widget"
+    )
+
+
+def _refusal(name: str, value: Any, control: ipywidgets.Widget) -> str:
+    if hasattr(control, "options"):
+        return f"set: {name}={value!r} is none of {list(control.options)}"
+    if hasattr(control, "max"):
+        return f"set: {name}={value!r} is not on the slider from {control.min} to {control.max}"
+    return f"set: {name}={value!r} was refused by {type(control).__name__}"

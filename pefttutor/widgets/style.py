@@ -1,0 +1,92 @@
+"""One look for every figure of the kit: Okabe-Ito colours on white paper, readable in a dark theme too."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): told apart with every common form of colour blindness.
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "orange": "#E69F00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "black": "#000000",
+    "yellow": "#F0E442",
+}
+GREY = "#8C8C8C"  # for what is there to compare with, not to look at
+
+SEQUENTIAL = LinearSegmentedColormap.from_list(
+    "paper-blue", ["#FFFFFF", "#9CCDEB", OKABE_ITO["blue"], "#00344F"]
+)
+DIVERGING = LinearSegmentedColormap.from_list(
+    "blue-paper-vermillion", ["#00344F", OKABE_ITO["blue"], "#FFFFFF", OKABE_ITO["vermillion"], "#612B00"]
+)
+
+_PAPER = {
+    "figure.dpi": 100,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.prop_cycle": cycler(color=list(OKABE_ITO.values())),
+    "image.interpolation": "nearest",
+    "legend.frameon": False,
+}
+
+
+@contextlib.contextmanager
+def paper() -> Iterator[None]:
+    """Draw with the kit's look, whatever style the notebook has set; the notebook's own comes back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_PAPER)
+        yield
+
+
+class Picture(Figure):
+    """A matplotlib figure that carries its alt text and shows itself, without pyplot.
+
+    A notebook stores it as PNG at twice the screen's resolution and a fixed sentence, so that it is sharp, and the
+    same text every time. Create it, and draw into it, inside `with paper():`.
+    """
+
+    def __init__(self, width_in: float, height_in: float, *, alt: str) -> None:
+        super().__init__(figsize=(width_in, height_in), layout="constrained", facecolor="white")
+        FigureCanvasAgg(self)
+        self.alt = alt
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
+        return picture_bundle(self, self.alt)
+
+
+def png(figure: Figure, *, scale: float = 2) -> bytes:
+    """The figure as PNG bytes with `scale` image pixels for a pixel on the screen."""
+    buffer = io.BytesIO()
+    with paper():
+        figure.savefig(buffer, format="png", dpi=scale * figure.dpi, facecolor="white")
+    return buffer.getvalue()
+
+
+def width_px(figure: Figure) -> int:
+    return round(figure.get_figwidth() * figure.dpi)
+
+
+def picture_bundle(figure: Figure, text: str, *, alt: str | None = None) -> tuple[dict, dict]:
+    """What Jupyter stores for a picture: `text`, the PNG, and how wide it is shown with which alt text."""
+    data = {"text/plain": text, "image/png": base64.b64encode(png(figure)).decode("ascii")}
+    return data, {"image/png": {"width": width_px(figure), "alt": alt or text}}
