@@ -1,0 +1,66 @@
+"""`evaluate`: loss and accuracy of a model on a data set, without training."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pefttutor.encoding import IGNORED, count_targets, predicts_next
+from pefttutor.encoding import collate as pad_and_stack
+from pefttutor.fit_checks import check_examples
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Any, Batch], Tensor]
+Collate = Callable[[list[Any]], Batch]
+
+
+def collator(model: Any) -> Collate:
+    """`pefttutor.data.collate` with the model's own padding token."""
+    return partial(pad_and_stack, pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    data: Sequence[Any],
+    *,
+    batch_size: int = 64,
+    collate: Collate | None = None,
+    loss: Loss | None = None,
+) -> dict[str, float]:
+    """Mean loss over all labels, and accuracy: the share of labels (tokens or classes) with the largest logit.
+
+    Labels of −100 count in neither. With `loss` given, only the loss is measured. The model's mode is kept.
+
+    Cost: one forward an example; similar lengths share a batch, so little is spent on padding.
+    Raises: ValueError for an empty data set or bad labels.
+    """
+    check_examples(model, data, "data", needs_labels=loss is None)
+    stack, device, mode = collate or collator(model), next(model.parameters()).device, model.training
+    order = sorted(range(len(data)), key=lambda i: len(data[i].get("input_ids", ())))
+    shifted = predicts_next(model)
+    summed, right, targets = 0.0, 0, 0
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = stack([data[i] for i in order[start : start + batch_size]])
+            batch = {key: value.to(device) for key, value in batch.items()}
+            count = count_targets(batch, shifted=shifted)
+            targets += count
+            if loss is not None:
+                summed += loss(model, batch).item() * count
+                continue
+            output = model(**batch)
+            summed += output.loss.item() * count
+            right += _count_right(output.logits, batch["labels"], shifted)
+    finally:
+        model.train(mode)
+    return {"loss": summed / targets} | ({} if loss else {"accuracy": right / targets})
+
+
+def _count_right(logits: Tensor, labels: Tensor, shifted: bool) -> int:
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return int(((logits.argmax(-1) == labels) & (labels != IGNORED)).sum())

@@ -1,0 +1,77 @@
+"""What happened during `fit`: one row of numbers a step, and a picture of them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Okabe–Ito: blue, vermillion and bluish green stay apart for colour-blind readers.
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+@dataclass
+class History:
+    """The record of a training run.
+
+    steps: number of each step, from 1. loss: mean over the step's labels, without a method's penalty.
+    lr: learning rate of the first parameter group. step_s: seconds. validation: one dict an evaluation, with
+    the step it stands at. interrupted: whether Ctrl-C ended the run.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    interrupted: bool = False
+
+    def record(self, *, loss: float, lr: float, step_s: float) -> None:
+        """Add one step."""
+        self.steps.append(len(self.steps) + 1)
+        self.loss.append(loss)
+        self.lr.append(lr)
+        self.step_s.append(step_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers as plain lists, for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        ended = ", interrupted" if self.interrupted else ""
+        return f"History({len(self.steps)} steps{ended})"
+
+    def plot(self) -> Any:
+        """Draw loss and learning rate over the steps, and the validation's numbers where there are any.
+
+        Returns a matplotlib Figure that pyplot doesn't know of; `.alt` says in words what it shows.
+        Raises: ValueError when no step was recorded.
+        """
+        from matplotlib.figure import Figure
+
+        if not self.steps:
+            raise ValueError("this History has no steps to draw; run pefttutor.fit first")
+        figure: Any = Figure(figsize=(7, 2.8), layout="constrained", facecolor="white")
+        left, right = figure.subplots(1, 2)
+        left.plot(self.steps, self.loss, color=BLUE, linewidth=1, label="training")
+        at = [entry["step"] for entry in self.validation]
+        if at:
+            left.plot(
+                at, [entry["loss"] for entry in self.validation], "o-", color=VERMILLION, label="validation"
+            )
+            left.legend(frameon=False)
+        left.set(xlabel="step", ylabel="loss (nats)")
+        if at and "accuracy" in self.validation[0]:
+            right.plot(at, [100 * entry["accuracy"] for entry in self.validation], "o-", color=GREEN)
+            right.set(xlabel="step", ylabel="validation accuracy (%)")
+        else:
+            right.plot(self.steps, self.lr, color=GREEN)
+            right.set(xlabel="step", ylabel="learning rate (per step)")
+        figure.alt = self._alt()
+        return figure
+
+    def _alt(self) -> str:
+        text = f"Training loss over {len(self.steps)} steps, from {self.loss[0]:.3g} to {self.loss[-1]:.3g}"
+        if self.validation:
+            last = self.validation[-1]
+            text += f"; validation loss {last['loss']:.3g} at the end"
+            if "accuracy" in last:
+                text += f", validation accuracy {100 * last['accuracy']:.0f} %"
+        return text + "."

@@ -1,0 +1,61 @@
+"""The hooks of a method inside `transformers.Trainer`, for those who train with it instead of `fit`."""
+
+from typing import Any
+
+from torch import nn
+
+
+def callback(method: Any) -> Any:
+    """A TrainerCallback that calls the hooks of `method` where `pefttutor.fit` does.
+
+        trainer = Trainer(model, args, train_dataset=…, callbacks=[pefttutor.callback(method)])
+
+    Before each optimizer step the penalty's gradient is added, then after_backward runs; after it, after_step.
+    The Trainer clips before callbacks are called. A penalty or mask that came later would escape the clipping,
+    so for a method with these hooks the callback sets `args.max_grad_norm` to 0 while training runs and clips to
+    the given norm itself, after them, as `fit` does.
+
+    A callback can't choose the optimizer. For a method that brings its own, give it to the Trainer:
+    `Trainer(…, optimizers=(method.optimizer(model, lr=…, weight_decay=…), None))`.
+
+    Raises: ValueError at the start of training with fp16 and a penalty or after_backward: the Trainer's gradients
+        are then scaled by a factor that the hooks don't know. bf16 has no such factor.
+    """
+    from transformers import TrainerCallback
+
+    class MethodCallback(TrainerCallback):
+        max_grad_norm = 0.0  # what this callback clips to; 0 leaves clipping to the Trainer
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not (hasattr(method, "penalty") or hasattr(method, "after_backward")):
+                return
+            if args.fp16:
+                raise ValueError(
+                    f"{type(method).__name__} changes gradients, which fp16 scales: use bf16=True"
+                )
+            # A run that broke off had no on_train_end: then the norm is still here and the Trainer's is 0.
+            self.max_grad_norm = args.max_grad_norm or self.max_grad_norm
+            args.max_grad_norm = 0.0
+
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+        ) -> None:
+            assert model is not None
+            if hasattr(method, "penalty"):
+                method.penalty(model).backward()
+            if hasattr(method, "after_backward"):
+                method.after_backward(model, state.global_step)
+            if self.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
+
+        def on_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+        ) -> None:
+            if hasattr(method, "after_step"):
+                method.after_step(model, state.global_step)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.max_grad_norm:
+                args.max_grad_norm, self.max_grad_norm = self.max_grad_norm, 0.0
+
+    return MethodCallback()
