@@ -17,6 +17,7 @@ class LoRAConv1D(LoRALayer, Conv1D):
     """y = x W + b + s · drop(x) Aᵀ Bᵀ          W (in, out); x (…, in) → y (…, out)."""
 
     weight_is_transposed = True
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         if self._use_merged():

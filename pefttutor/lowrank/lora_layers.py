@@ -26,12 +26,12 @@ class LoRALayer(nn.Module):
     """
 
     weight_is_transposed: ClassVar[bool] = False
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: float
     lora_dropout: float
-    base_weight: nn.Parameter | None  # the weight without ΔW, while merged
+    base_weight: Tensor | None  # the weight without ΔW, while merged
 
     @classmethod
     def adapt(
@@ -43,8 +43,9 @@ class LoRALayer(nn.Module):
         n_in, n_out = cls.in_and_out(layer)
         A, B = cls.draw(n_in, n_out, r, generator)
         # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
-        kind = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        new.lora_A, new.lora_B = nn.Parameter(A.to(**kind)), nn.Parameter(B.to(**kind))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        new.lora_A = nn.Parameter(A.to(weight.device, dtype))
+        new.lora_B = nn.Parameter(B.to(weight.device, dtype))
         new.scaling, new.lora_dropout = scaling, lora_dropout
         vars(new)["base_weight"] = None
         return new

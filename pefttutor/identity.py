@@ -1,0 +1,71 @@
+"""Tell one base model from another without reading all of it: names, shapes, and a few values of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_base", "describe_base"]
+
+SAMPLES = 8  # values of every tensor; two bases that were trained apart differ in nearly all of them
+
+
+def describe_base(model: nn.Module, without: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and a few values of every parameter of `model`, except those named in `without`.
+
+    Cost: SAMPLES values a tensor are read, whatever its size.
+    """
+    base = {name: p.detach() for name, p in model.named_parameters() if name not in without}
+    return {
+        name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "values": _sample(p)}
+        for name, p in base.items()
+    }
+
+
+def check_base(model: nn.Module, expected: dict[str, dict[str, Any]], without: Collection[str]) -> None:
+    """Raise ValueError, with what differs, unless `model` is the base that `expected` describes.
+
+    The values may differ by what rounding to the coarser of the two dtypes explains, so an adapter trained on a
+    float32 base fits the same base in bfloat16.
+    """
+    actual = describe_base(model, without)
+    problems = [f"{name} is missing" for name in expected if name not in actual]
+    problems += [f"{name} is too much" for name in actual if name not in expected]
+    for name in (name for name in expected if name in actual):
+        is_now, was = actual[name], expected[name]
+        if is_now["shape"] != was["shape"]:
+            problems.append(f"{name} has the shape {is_now['shape']}, not {was['shape']}")
+        elif not _close(is_now, was):
+            problems.append(f"{name} has other values")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the adapter was trained on another base model. In this one {'; '.join(problems[:3])}{more}. "
+            "Load the base it was trained on (a head with fresh random weights belongs in modules_to_save)."
+        )
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    """SAMPLES values at fixed places, from the first to the last."""
+    if tensor.is_meta:
+        raise ValueError("this model has no weights yet (it is on the meta device): load them first.")
+    if tensor.numel() == 0:
+        return []
+    places = torch.linspace(0, tensor.numel() - 1, SAMPLES, dtype=torch.float64).round().long()
+    index = torch.unravel_index(places.to(tensor.device), tensor.shape)  # flattening could copy the tensor
+    return tensor[index].float().tolist() if tensor.dim() else [tensor.float().item()]
+
+
+def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Equal up to rounding to the coarser of the two dtypes; equal at all if they are the same."""
+    a, b = torch.tensor(one["values"]), torch.tensor(other["values"])
+    if one["dtype"] == other["dtype"]:
+        return torch.equal(a, b)
+    kinds = [getattr(torch, description["dtype"], torch.float32) for description in (one, other)]
+    limits = [torch.finfo(kind) for kind in kinds if kind.is_floating_point]
+    rtol = max((limit.eps for limit in limits), default=0.0)
+    smallest = max((limit.smallest_normal for limit in limits), default=0.0)
+    return torch.allclose(a, b, rtol=rtol, atol=smallest * rtol)
