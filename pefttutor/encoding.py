@@ -90,8 +90,8 @@ def _encode_words(row: dict[str, Any], tokenizer: Any, max_length: int) -> Examp
         raise ValueError(
             f"a row has {len(row['tokens'])} tokens but {len(row['tags'])} tags: {row['tokens'][:5]} …"
         )
-    ids: list[int] = []
-    labels: list[int] = []
+    ids = prompt_ids(tokenizer, "")[0]  # <s>, where the tokenizer begins a text so
+    labels = [IGNORED] * len(ids)
     for position, (word, tag) in enumerate(zip(row["tokens"], row["tags"], strict=True)):
         pieces = answer_ids(tokenizer, " " if position else "", word)
         ids += pieces
