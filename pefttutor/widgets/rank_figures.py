@@ -51,7 +51,7 @@ def _draw_grid(
     slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(range(len(columns)), columns, **slanted)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(title=f"Effective rank of ΔW, of {most}", ylabel="layer")
+    axes.set(title=f"Effective rank of ΔW (at most {most})", ylabel="layer")
     _paper_lines_between_cells(axes, grid.shape)
     if grid.size > 160:
         axes.figure.colorbar(image, ax=axes, label="directions")
@@ -117,9 +117,15 @@ def draw_layer(
         frozen, whole = score_by_rank[0], score_by_rank[max(score_by_rank)]
         alt += f" All layers at rank {k}: {score_name} {score_by_rank[k]:.3f}"
         alt += f" (frozen {frozen:.3f}, all of ΔW {whole:.3f})."
-    picture = Picture(9.6, 6.2, alt=alt)
-    (left, right), (bars, curve) = picture.subplots(2, 2, height_ratios=[1.35, 1])
-    _draw_matrices(left, right, update, cut)
+    # Places by hand: laying out takes as long as drawing, and a slider waits for both.
+    picture = Picture(9.6, 6.2, alt=alt, layout=None)
+    upper = picture.add_gridspec(
+        1, 3, left=0.075, right=0.92, top=0.945, bottom=0.5, width_ratios=[1, 1, 0.035]
+    )
+    lower = picture.add_gridspec(1, 2, left=0.075, right=0.985, top=0.37, bottom=0.085, wspace=0.2)
+    left, right, scale = (picture.add_subplot(upper[i]) for i in range(3))
+    bars, curve = (picture.add_subplot(lower[i]) for i in range(2))
+    _draw_matrices(left, right, scale, update, cut)
     left.set_title(f"ΔW of {name}" if len(name) <= 40 else f"ΔW of …{name[-40:]}")
     right.set_title(keeps[0].upper() + keeps[1:])
     _draw_bars(bars, update, cut, erank)
@@ -135,7 +141,7 @@ def draw_layer(
     return picture
 
 
-def _draw_matrices(left: Axes, right: Axes, update: Update, k: int) -> None:
+def _draw_matrices(left: Axes, right: Axes, scale: Axes, update: Update, k: int) -> None:
     out, into = update.U.shape[0], update.Vh.shape[1]
     down, across = math.ceil(out / MAX_SHOWN), math.ceil(into / MAX_SHOWN)
     rows, columns = slice(None, None, down), slice(None, None, across)
@@ -151,7 +157,7 @@ def _draw_matrices(left: Axes, right: Axes, update: Update, k: int) -> None:
         axes.set_xlabel("input" + (f" (one in {across})" if across > 1 else ""))
         axes.spines[:].set_visible(True)
     left.set_ylabel("output" + (f" (one in {down})" if down > 1 else ""))
-    left.figure.colorbar(image, ax=[left, right], label="entry of ΔW", extend="both", shrink=0.9)
+    left.figure.colorbar(image, cax=scale, label="entry of ΔW", extend="both")
 
 
 def _draw_bars(axes: Axes, update: Update, k: int, erank: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
+import torch
 from torch import nn
 
 from pefttutor.widgets.explorer import Explorer
@@ -27,7 +28,7 @@ class Scores:
     def measured(self, rank: int) -> dict[int, float]:
         """All that is known, `rank` among it."""
         if rank not in self.by_rank:
-            with truncated(self._model, self._found, rank):
+            with torch.no_grad(), truncated(self._model, self._found, rank):
                 measured = float(self._score(self._model))
             if not math.isfinite(measured):
                 raise ValueError(f"score(model) gave {measured} at rank {rank}; expected a finite number")

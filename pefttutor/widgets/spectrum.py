@@ -6,6 +6,7 @@ Data only; `pefttutor.widgets.ranks` draws it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +197,8 @@ def _differences(before: Any, after: Any) -> dict[str, Delta]:
 
 def _matrices(source: Any) -> dict[str, Tensor]:
     named = source.named_parameters() if isinstance(source, nn.Module) else source.items()
-    return {name.removesuffix(".weight"): t for name, t in named if name.endswith(".weight") and t.ndim == 2}
+    parts = [(*name.rpartition(".")[::2], tensor) for name, tensor in named]
+    return {module: tensor for module, kind, tensor in parts if kind == "weight" and tensor.ndim == 2}
 
 
 def _check(name: str, delta: Delta) -> None:
@@ -204,5 +206,6 @@ def _check(name: str, delta: Delta) -> None:
     if any(part.ndim != 2 for part in parts) or (len(parts) == 2 and parts[0].shape[1] != parts[1].shape[0]):
         shapes = " and ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(f"{name}: expected ΔW (out, in) or B (out, r) and A (r, in), got {shapes}")
-    if not all(bool(part.isfinite().all()) for part in parts):
+    finite = all(bool(part.isfinite().all()) for part in parts)
+    if not finite or (not isinstance(delta, Tensor) and not math.isfinite(delta[2])):
         raise ValueError(f"{name}: ΔW holds NaN or infinity; the training diverged (try a smaller lr)")

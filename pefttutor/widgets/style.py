@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
+import numpy
 from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe & Ito (2008): told apart with every common form of colour blindness.
 OKABE_ITO = {
@@ -65,8 +67,8 @@ class Picture(Figure):
     same text every time. Create it, and draw into it, inside `with paper():`.
     """
 
-    def __init__(self, width_in: float, height_in: float, *, alt: str) -> None:
-        super().__init__(figsize=(width_in, height_in), layout="constrained", facecolor="white")
+    def __init__(self, width_in: float, height_in: float, *, alt: str, layout: Any = "constrained") -> None:
+        super().__init__(figsize=(width_in, height_in), layout=layout, facecolor="white")
         FigureCanvasAgg(self)
         self.alt = alt
 
@@ -75,10 +77,22 @@ class Picture(Figure):
 
 
 def png(figure: Figure, *, scale: float = 2) -> bytes:
-    """The figure as PNG bytes with `scale` image pixels for a pixel on the screen."""
+    """The figure as PNG bytes with `scale` image pixels for a pixel on the screen.
+
+    Cost: drawn once, where `savefig` draws twice; 256 colours, which makes notebooks a third of the size.
+    """
+    dpi, canvas = figure.dpi, figure.canvas
+    try:
+        figure.dpi = scale * dpi
+        agg = FigureCanvasAgg(figure)
+        with paper():
+            agg.draw()
+        image = Image.fromarray(numpy.asarray(agg.buffer_rgba())).convert("RGB")
+    finally:
+        figure.dpi = dpi
+        figure.set_canvas(canvas)
     buffer = io.BytesIO()
-    with paper():
-        figure.savefig(buffer, format="png", dpi=scale * figure.dpi, facecolor="white")
+    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "png")
     return buffer.getvalue()
 
 
