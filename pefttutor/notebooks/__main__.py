@@ -8,6 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from pefttutor.notebooks.document import NotANotebook
+from pefttutor.notebooks.lint import lint
+from pefttutor.notebooks.store import NotStored, run, store
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pefttutor.notebooks", description=__doc__)
@@ -19,18 +23,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--timeout", type=float, default=300, metavar="S", help="seconds per cell (default: 300)"
     )
     given = parser.parse_args(arguments)
-    commands = {"store": _store, "run": _run, "lint": _lint}
-    failures = sum([not commands[given.command](path, given.timeout) for path in given.notebooks])
-    return 1 if failures else 0
+    command = {"store": _store, "run": _run, "lint": _lint}[given.command]
+    return 1 if [path for path in given.notebooks if not command(path, given.timeout)] else 0
 
 
 def _store(path: Path, timeout_s: float) -> bool:
-    from pefttutor.notebooks.store import NotStored, store
-
     start = time.perf_counter()
     try:
         changed = store(path, timeout_s=timeout_s)
-    except NotStored as error:
+    except (NotStored, NotANotebook) as error:
         print(f"not stored: {error}", file=sys.stderr)
         return False
     print(f"{path}: {'stored' if changed else 'unchanged'} ({time.perf_counter() - start:.0f} s)")
@@ -39,23 +40,19 @@ def _store(path: Path, timeout_s: float) -> bool:
 
 def _run(path: Path, timeout_s: float) -> bool:
     """Run with what is asked for in PEFTTUTOR_REAL, and show what the cells printed."""
-    from pefttutor.notebooks.store import NotStored, run
-
     try:
         notebook = run(path, real=os.environ.get("PEFTTUTOR_REAL") == "1", timeout_s=timeout_s)
-    except NotStored as error:
+    except (NotStored, NotANotebook) as error:
         print(f"failed: {error}", file=sys.stderr)
         return False
     for cell in notebook.cells:
-        printed = "".join(o.text for o in cell.get("outputs", []) if o.output_type == "stream")
-        if printed:
-            print(f"[{cell.id}] {printed.rstrip()}")
+        shown = "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream")
+        if shown:
+            print(f"[{cell.id}] {shown.rstrip()}")
     return True
 
 
-def _lint(path: Path, timeout_s: float) -> bool:
-    from pefttutor.notebooks.lint import lint
-
+def _lint(path: Path, _timeout_s: float) -> bool:
     problems = lint(path)
     print("\n".join(map(str, problems)) if problems else f"{path.name}: nothing to mend")
     return not problems

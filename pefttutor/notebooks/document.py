@@ -38,17 +38,30 @@ class Problem:
         return f"{self.file} [{self.cell}] {self.rule}: {self.what}"
 
 
+class NotANotebook(ValueError):
+    """The file can't be read as a notebook."""
+
+
 class Document:
-    """A notebook file, with the questions that the rules ask."""
+    """A notebook file, with the questions that the rules ask.
+
+    Raises: NotANotebook when the file is missing, isn't JSON, or has no cells.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.text = self.path.read_text(encoding="utf-8")
-        self.notebook = nbformat.from_dict(json.loads(self.text))
+        try:
+            self.text = self.path.read_text(encoding="utf-8")
+            raw = json.loads(self.text)
+        except (OSError, ValueError) as error:
+            raise NotANotebook(f"{self.path.name} can't be read: {error}") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("cells"), list):
+            raise NotANotebook(f"{self.path.name} has no list of cells")
+        self.notebook = nbformat.from_dict(raw)
 
     @cached_property
     def cells(self) -> list[Any]:
-        return [joined(cell) for cell in self.notebook.get("cells", [])]
+        return [joined(cell) for cell in self.notebook.cells]
 
     @cached_property
     def code(self) -> list[Any]:

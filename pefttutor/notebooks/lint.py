@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pefttutor.notebooks import form, lesson, practice
-from pefttutor.notebooks.document import Document, Problem
+from pefttutor.notebooks.document import Document, NotANotebook, Problem
 
 RULES = (*form.RULES, *lesson.RULES, *practice.RULES)
 
@@ -15,6 +14,6 @@ def lint(path: Path | str) -> list[Problem]:
     """Everything that keeps a notebook from being a lesson of the series; an empty list when nothing does."""
     try:
         document = Document(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return [Problem(Path(path).name, "file", "json", f"not a notebook: {error}")]
+    except NotANotebook as error:
+        return [Problem(Path(path).name, "file", "notebook", str(error))]
     return [problem for rule in RULES for problem in rule(document)]

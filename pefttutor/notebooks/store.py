@@ -33,11 +33,11 @@ def store(path: Path | str, *, timeout_s: float = 300) -> bool:
     stderr, or shows a widget without its picture.
     """
     path = Path(path)
-    before = path.read_text(encoding="utf-8")
-    text = canonical(cleaned(run(path, timeout_s=timeout_s), path.name))
-    if text == before:
+    before = Document(path).text
+    after = canonical(cleaned(run(path, timeout_s=timeout_s), path.name))
+    if after == before:
         return False
-    write_atomically(path, text.encode("utf-8"))
+    write_atomically(path, after)
     return True
 
 

@@ -1,0 +1,151 @@
+"""README, environment.yml, pyproject.toml, CI and the wheel say the same."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LEARN = 'pip install torch==2.13.0 -e ".[lab]" && jupyter lab notebooks/00_start_here.ipynb'
+CHECK = 'pip install torch==2.13.0 -e ".[test]" && pytest --nbval'
+
+
+def blocks():
+    return [block.strip() for block in re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)]
+
+
+def requirements(extra=None):
+    project = PROJECT["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return {Requirement(line).name: Requirement(line) for line in lines}
+
+
+def tracked(*paths):
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *paths], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [entry for entry in listed.stdout.split("\0") if entry and (ROOT / entry).exists()]
+
+
+def test_the_readme_opens_with_the_two_commands():
+    assert blocks()[:2] == [LEARN, CHECK]
+
+
+def test_ci_runs_the_readmes_check_command():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    pattern = re.search(r"grep -m 1 '([^']+)' README.md", script)[1]
+    assert [line for line in README.splitlines() if re.search(pattern, line)] == [CHECK]
+
+
+def test_the_commands_fit_the_project():
+    for command in (LEARN, CHECK):
+        pins, extra = re.search(r'pip install (.*?) -e "\.\[(\w+)\]"', command).groups()
+        assert extra in PROJECT["project"]["optional-dependencies"]
+        for pin in map(Requirement, pins.split()):
+            version = str(pin.specifier).removeprefix("==")
+            assert requirements()[pin.name].specifier.contains(version)
+    assert (ROOT / "notebooks" / "00_start_here.ipynb").exists()
+
+
+def test_the_conda_environment_has_the_readmes_pins():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert conda["channels"] == ["conda-forge", "nodefaults"]
+    *packages, last = conda["dependencies"]
+    assert "pip" in packages
+    assert f"pip install {' '.join(last['pip'])}" == LEARN.split(" &&")[0].replace('"', "")
+    python = next(line for line in packages if line.startswith("python=")).removeprefix("python=")
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(f"{python}.1")
+
+
+def test_ranges_not_pins_and_nothing_that_colab_would_have_to_replace():
+    for extra in (None, *PROJECT["project"]["optional-dependencies"]):
+        assert not [r for r in requirements(extra).values() if "==" in str(r.specifier)]
+    colab = {"torch": "2.11.0", "transformers": "5.15.0", "ipywidgets": "7.7.1", "numpy": "2.1.3"}
+    for package, version in {**colab, "matplotlib": "3.10.0"}.items():
+        assert requirements()[package].specifier.contains(version), package
+    assert "peft" not in requirements()
+
+
+def test_the_series_links_every_lesson_and_nothing_else():
+    linked = set(re.findall(r"\]\(notebooks/([\w.]+\.ipynb)\)", README))
+    assert linked == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def test_the_series_gives_the_minutes_of_each_lesson():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        row = next(line for line in README.splitlines() if f"notebooks/{path.name}" in line)
+        minutes = row.rstrip("| ").rsplit("|", 1)[1].strip()
+        assert minutes.isdigit()
+        assert re.search(rf"\b{minutes}\s+min", path.read_text(encoding="utf-8")), (
+            f"{path.name}: {minutes} minutes?"
+        )
+
+
+def test_the_method_table_has_every_method():
+    import pefttutor
+
+    rows = re.findall(r"^\| `(\w+)` \| \[([\w/.]+)\]\(\2\) \| (\d\d) \| \S", README, re.MULTILINE)
+    assert sorted(row[0] for row in rows) == sorted(pefttutor.methods())
+    for method, file, _ in rows:
+        assert pefttutor.methods()[method].__module__ == file.removesuffix(".py").replace("/", ".")
+
+
+def test_links_of_the_readme_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#\s]+)\)", README)
+    assert [target for target in targets if ":" not in target and not (ROOT / target).exists()] == []
+
+
+def test_the_top_level_holds_what_it_should():
+    allowed = {"LICENSE", "README.md", "conftest.py", "data", "environment.yml", "notebooks"}
+    allowed |= {"pefttutor", "pyproject.toml", "tests"}
+    top = {entry.split("/")[0] for entry in tracked()}
+    assert {entry for entry in top if not entry.startswith(".")} == allowed
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (file,) = folder.glob("*.whl")
+    with zipfile.ZipFile(file) as opened:
+        yield opened
+
+
+def test_the_wheel_carries_the_data_and_the_package_only(wheel):
+    names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in names} == {"pefttutor"}
+    data = [entry.replace("data/", "pefttutor/embedded/", 1) for entry in tracked("data")]
+    assert sorted(set(data) - set(names)) == []
+    assert any(name.endswith("model.safetensors") for name in data)
+    assert sorted(set(tracked("pefttutor")) - set(names)) == []
+
+
+def test_an_installed_wheel_finds_its_models_and_tasks(wheel, tmp_path):
+    """From an unpacked wheel, far from the repository."""
+    wheel.extractall(tmp_path / "site")
+    program = (
+        "import pefttutor; model, _ = pefttutor.models.load('campus-nano'); "
+        "print(pefttutor.__file__, model.num_parameters() > 0, len(pefttutor.data.load('sentiment')['test']) > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(tmp_path / "site" / "pefttutor" / "__init__.py"), "True", "True"], (
+        done.stderr
+    )
