@@ -1,0 +1,67 @@
+"""One row of the table: what is measured, against whom, and what it must reach."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["GOALS", "Row", "Side", "Step", "discover"]
+
+Side = Literal["ours", "peer", "bound"]
+Step = Callable[[], dict[str, Tensor]]  # one forward and backward; returns outputs and gradients by name
+GOALS = ("time", "transient", "kept", "resident")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A piece of work that two or three sides do.
+
+    `build(side, seed)` returns that side's step: a function without arguments that does the work once and
+    returns its outputs and gradients. It must draw the same weights and inputs for every side. The bound (a
+    floor under the time, such as the frozen model alone) may return nothing: its results aren't compared.
+    `goals` maps "time", "transient", "kept" or "resident" to the largest ratio ours / peer that meets the
+    goal; bytes are measured only where there is a goal for them.
+
+    Raises: ValueError for a goal of an unknown name.
+    """
+
+    name: str
+    work: str
+    peer: str
+    build: Callable[[Side, int], Step]
+    goals: dict[str, float] = field(default_factory=dict)
+    bound: str | None = None  # what the bound is, in words; None when there is none
+    tolerance: float = 1e-4  # largest relative difference under which the two sides did the same work
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.goals) - set(GOALS))
+        if unknown:
+            raise ValueError(
+                f"row {self.name!r}: goals {unknown} are unknown; expected some of {list(GOALS)}"
+            )
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("ours", "peer", "bound") if self.bound else ("ours", "peer")
+
+
+def discover() -> dict[str, Row]:
+    """Every row of every file in `pefttutor/bench/rows/`, by name.
+
+    Raises: ValueError when two files define the same name.
+    """
+    from pefttutor.bench import rows
+
+    found: dict[str, Row] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(rows.__path__)):
+        for row in importlib.import_module(f"{rows.__name__}.{module}").ROWS:
+            if row.name in found:
+                raise ValueError(f"two rows are called {row.name!r}; the second is in rows/{module}.py")
+            found[row.name] = row
+    return found

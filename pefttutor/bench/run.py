@@ -1,0 +1,96 @@
+"""Measure one row: compare results, then time, then bytes, then judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+
+from pefttutor.bench.memory import kept_bytes, resident_growth, transient_bytes
+from pefttutor.bench.protocol import Ratio, difference, disturbed_rounds, paired_ratio, time_rounds
+from pefttutor.bench.row import Row, Step
+
+__all__ = ["Result", "judge", "run"]
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What one row gave. Ratios are ours / peer (bound_time: bound / peer); bytes are given for each side."""
+
+    name: str
+    work: str
+    peer: str
+    bound: str | None
+    goals: dict[str, float]
+    tolerance: float
+    difference: float | None = None
+    differs_in: str = ""
+    rounds: int = 0
+    disturbed: int = 0
+    time: Ratio | None = None
+    bound_time: Ratio | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    bytes: dict[str, dict[str, int]] = field(default_factory=dict)  # kind → side → bytes
+    verdict: str = ""
+
+    def ratio(self, kind: str) -> float | None:
+        """The ratio that a goal of this kind is about; None where it wasn't measured."""
+        if kind == "time":
+            return None if self.time is None else self.time.median
+        sides = self.bytes.get(kind)
+        return sides["ours"] / sides["peer"] if sides and sides["peer"] else None
+
+
+def run(row: Row, *, rounds: int | None = None, seed: int = 0) -> Result:
+    """Measure a row by the protocol. A missing peer or differing results give a verdict and no figures."""
+    result = Result(
+        name=row.name,
+        work=row.work,
+        peer=row.peer,
+        bound=row.bound,
+        goals=dict(row.goals),
+        tolerance=row.tolerance,
+    )
+    try:
+        steps: dict[str, Step] = {side: row.build(side, seed) for side in row.sides}
+    except ImportError as missing:
+        result.verdict = f"not measured: {missing}; install the extra `bench`"
+        return result
+    result.difference, result.differs_in = difference(steps["ours"](), steps["peer"]())
+    if not result.difference <= row.tolerance:
+        result.verdict = judge(result)
+        return result
+    result.rounds = rounds or row.rounds
+    result.seconds = time_rounds(steps, result.rounds)
+    result.disturbed = disturbed_rounds(result.seconds)
+    result.time = paired_ratio(result.seconds["ours"], result.seconds["peer"])
+    if "bound" in steps:
+        result.bound_time = paired_ratio(result.seconds["bound"], result.seconds["peer"])
+    for kind, measure in (("transient", transient_bytes), ("kept", kept_bytes)):
+        if kind in row.goals:
+            result.bytes[kind] = {side: measure(steps[side]) for side in ("ours", "peer")}
+    steps.clear()
+    if "resident" in row.goals:
+        result.bytes["resident"] = {side: resident_growth(row.name, side, seed) for side in ("ours", "peer")}
+    result.verdict = judge(result)
+    return result
+
+
+def judge(result: Result) -> str:
+    """One line: not a measurement, goals met, or which goals are missed and by how much."""
+    worst = result.difference
+    if worst is None or not isfinite(worst) or worst > result.tolerance:
+        shown = "none" if worst is None else f"{worst:.1e}"
+        return (
+            f"not a measurement: results differ by {shown} ({result.differs_in}), "
+            f"allowed are {result.tolerance:.0e}"
+        )
+    missed = []
+    for kind, goal in result.goals.items():
+        reached = result.ratio(kind)
+        if reached is None:
+            missed.append(f"{kind} not measured")
+        elif reached > goal:
+            missed.append(f"{kind} {reached:.3f} > {goal:.2f}")
+    if missed:
+        return "missed: " + ", ".join(missed)
+    return "met" if result.goals else "no goal"
