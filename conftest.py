@@ -2,10 +2,10 @@
 
 import os
 
-from pefttutor.notebooks.environment import ENVIRONMENT
+from pefttutor.notebooks.environment import kernel_environment
 
 # Before any test imports torch; the kernels that nbval starts inherit it.
-os.environ.update(ENVIRONMENT)
+os.environ.update(kernel_environment())
 os.environ.pop("MPLBACKEND", None)
 
 CELL_TIMEOUT_S = 300  # nbval's own 2,000 s would also be how long a dead kernel is waited for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 ENVIRONMENT = {
     # One thread: the last bits of a sum depend on how it is split, and two busy cores gain nothing at these sizes.
@@ -25,7 +26,11 @@ ENVIRONMENT = {
 def kernel_environment(*, real: bool = False) -> dict[str, str]:
     """This process's environment with ours on top; `real` asks for a lesson's section on real models."""
     environment = {**os.environ, **ENVIRONMENT}
-    environment.pop("PEFTTUTOR_REAL", None)
+    # The kernel imports the package that this tool belongs to, installed or not; its folder is the notebook's.
+    here = str(Path(__file__).resolve().parents[2])
+    others = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment["PYTHONPATH"] = os.pathsep.join([here, *(path for path in others if path != here)])
     # The kernel chooses its own backend for figures.
-    environment.pop("MPLBACKEND", None)
+    for name in ("PEFTTUTOR_REAL", "MPLBACKEND"):
+        environment.pop(name, None)
     return {**environment, "PEFTTUTOR_REAL": "1"} if real else environment

@@ -50,7 +50,12 @@ def run(path: Path | str, *, real: bool = False, timeout_s: float = 300) -> Any:
     notebook = prepared(Document(path))
     resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(
-        notebook, timeout=int(timeout_s), kernel_name="python3", resources=resources, record_timing=False
+        notebook,
+        timeout=int(timeout_s),
+        kernel_name="python3",
+        resources=resources,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # the kernel's own advice is no business of the author's
     )
     try:
         client.execute(env=kernel_environment(real=real))
