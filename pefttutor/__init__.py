@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pefttutor.storage import load as load
     from pefttutor.storage import save as save
     from pefttutor.train import History as History
-    from pefttutor.train import callback as callback
     from pefttutor.train import evaluate as evaluate
     from pefttutor.train import fit as fit
+    from pefttutor.trainer_callback import callback as callback
 
 METHOD_FOLDERS = ("lowrank",)  # each names its method classes in the `__all__` of its `__init__`
 _FUNCTIONS = {
@@ -40,7 +40,7 @@ _FUNCTIONS = {
     "load": "storage",
     "save": "storage",
     "History": "train",
-    "callback": "train",
+    "callback": "trainer_callback",
     "evaluate": "train",
     "fit": "train",
 }

@@ -32,14 +32,13 @@ def check_base(model: nn.Module, expected: dict[str, dict[str, Any]], without: C
     float32 base fits the same base in bfloat16.
     """
     actual = describe_base(model, without)
+    shared = [(name, expected[name], actual[name]) for name in expected if name in actual]
     problems = [f"{name} is missing" for name in expected if name not in actual]
     problems += [f"{name} is too much" for name in actual if name not in expected]
-    for name in (name for name in expected if name in actual):
-        is_now, was = actual[name], expected[name]
-        if is_now["shape"] != was["shape"]:
-            problems.append(f"{name} has the shape {is_now['shape']}, not {was['shape']}")
-        elif not _close(is_now, was):
-            problems.append(f"{name} has other values")
+    shapes = [(name, was["shape"], now["shape"]) for name, was, now in shared]
+    problems += [f"{name} has the shape {now}, not {was}" for name, was, now in shapes if now != was]
+    if not problems:
+        problems = [f"{name} has other values" for name, was, now in shared if not _close(was, now)]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(

@@ -98,6 +98,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged: its description isn't JSON ({error}).") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{path} isn't of format {FORMAT}, the one this pefttutor reads: update pefttutor?")
+    if not all(isinstance(description.get(key), dict) for key in ("fields", "base")):
+        raise ValueError(f"{path} is damaged: its description lacks the method's fields or the base.")
     return description, tensors
 
 
