@@ -75,6 +75,7 @@ def test_ranges_not_pins_and_nothing_that_colab_would_have_to_replace():
     for package, version in {**colab, "matplotlib": "3.10.0"}.items():
         assert requirements()[package].specifier.contains(version), package
     assert "peft" not in requirements()
+    assert "peft" in requirements("lab")  # lessons compare with it
 
 
 def test_the_series_links_every_lesson_and_nothing_else():

@@ -28,7 +28,7 @@ MAX_FILE_BYTES = 2_000_000
 MAX_OUTPUT_BYTES = 400_000
 CAPTURING = {"Output", "interact", "interact_manual", "interactive", "interactive_output"}
 # More digits than a sum on another processor keeps.
-_LONG_NUMBER = re.compile(r"\d\.\d{5,}|\d\.\d+e[+-]?\d+")
+_LONG_NUMBER = re.compile(r"\d\.\d{5,}")
 _BARE_VALUE = re.compile(r"\s*(-?\d+\.\d+(e[+-]?\d+)?|tensor\(|array\(|\[?<[\w.]+ (object )?at 0x)")
 
 
