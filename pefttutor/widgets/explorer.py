@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,11 @@ from pefttutor.widgets import style
 _ERROR = (
     '<div role="alert" style="background:#FDECEA;color:#7A1712;padding:6px 10px;line-height:1.4">{}</div>'
 )
-_CAPTION = '<div role="status" aria-live="polite" style="line-height:1.4">{}</div>'
+# An HTML widget, because an image widget has no alt text. Decoded at once and of known size, it doesn't flicker.
+_PICTURE = """<figure style="margin:0">
+<img alt="{alt}" src="data:image/png;base64,{data}" width="{width}" height="{height}" decoding="sync"
+ style="max-width:100%;height:auto;background:white;border:1px solid #BBBBBB">
+<figcaption role="status" style="line-height:1.4">{caption}</figcaption></figure>"""
 
 
 class Explorer:
@@ -47,13 +52,11 @@ class Explorer:
         self.error: Exception | None = None
         self.controls = {name: _control(name, given) for name, given in controls.items()}
         self._draw = draw
-        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(border="1px solid #BBBBBB"))
-        self._caption = ipywidgets.HTML()
-        self._message = ipywidgets.HTML()
+        self._message, self._picture = ipywidgets.HTML(), ipywidgets.HTML()
         row = ipywidgets.HBox(
             list(self.controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center")
         )
-        self.widget = ipywidgets.VBox([row, self._message, self._image, self._caption])
+        self.widget = ipywidgets.VBox([row, self._message, self._picture])
         self._redraw()
         for control in self.controls.values():
             control.observe(self._moved, names="value")
@@ -115,13 +118,17 @@ class Explorer:
             figure = self._draw(**values)
         if not isinstance(figure, Figure):
             raise TypeError(f"draw must return a matplotlib Figure, not {type(figure).__name__}")
-        alt = getattr(figure, "alt", "") or self.alt
-        self._image.value = style.png(figure)
-        self._image.width = str(style.width_px(figure))  # without a width a VBox stretches the picture
-        if self._image.has_trait("tooltip"):  # ipywidgets 8: becomes the picture's name for a screen reader
-            self._image.tooltip = self.alt
-        self._caption.value = _CAPTION.format(html.escape(alt))
-        self.figure, self._drawn, self.error, self._message.value = figure, values, None, ""
+        png = style.png(figure)
+        caption = getattr(figure, "alt", "") or self.alt
+        self._picture.value = _PICTURE.format(
+            alt=html.escape(self.alt),
+            caption=html.escape(caption),
+            data=base64.b64encode(png).decode("ascii"),
+            width=style.width_px(figure),
+            height=style.height_px(figure),
+        )
+        self.figure, self.png, self.caption, self._drawn = figure, png, caption, values
+        self.error, self._message.value = None, ""
 
     def _show_error(self, error: Exception) -> None:
         self.error = error
@@ -132,7 +139,7 @@ class Explorer:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         """A fixed sentence, the picture, and the live widget; the first two are what a notebook keeps."""
-        data, metadata = style.picture_bundle(self.figure, self.alt, alt=getattr(self.figure, "alt", None))
+        data, metadata = style.picture_bundle(self.figure, self.png, text=self.alt, alt=self.caption)
         data["application/vnd.jupyter.widget-view+json"] = {
             "version_major": 2,
             "version_minor": 0,

@@ -73,7 +73,7 @@ class Picture(Figure):
         self.alt = alt
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
-        return picture_bundle(self, self.alt)
+        return picture_bundle(self, png(self), text=self.alt, alt=self.alt)
 
 
 def png(figure: Figure, *, scale: float = 2) -> bytes:
@@ -100,7 +100,11 @@ def width_px(figure: Figure) -> int:
     return round(figure.get_figwidth() * figure.dpi)
 
 
-def picture_bundle(figure: Figure, text: str, *, alt: str | None = None) -> tuple[dict, dict]:
-    """What Jupyter stores for a picture: `text`, the PNG, and how wide it is shown with which alt text."""
-    data = {"text/plain": text, "image/png": base64.b64encode(png(figure)).decode("ascii")}
-    return data, {"image/png": {"width": width_px(figure), "alt": alt or text}}
+def height_px(figure: Figure) -> int:
+    return round(figure.get_figheight() * figure.dpi)
+
+
+def picture_bundle(figure: Figure, image: bytes, *, text: str, alt: str) -> tuple[dict, dict]:
+    """What Jupyter stores for a picture: a text, the PNG, and how wide it is shown with which alt text."""
+    data = {"text/plain": text, "image/png": base64.b64encode(image).decode("ascii")}
+    return data, {"image/png": {"width": width_px(figure), "alt": alt}}

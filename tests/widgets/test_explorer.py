@@ -32,15 +32,15 @@ def pixels(data):
 
 def test_a_moved_slider_draws_again():
     explorer = make()
-    before = explorer._image.value
+    before = explorer.png
     assert len(explorer.figure.axes[0].patches) == 1
     explorer.controls["rank"].value = 5
     assert len(explorer.figure.axes[0].patches) == 5
-    assert explorer._image.value != before
-    assert "5 bars &amp; q" in explorer._caption.value
+    assert explorer.png != before
+    assert "5 bars &amp; q" in explorer._picture.value
     explorer.controls["layer"].value = "v"
     assert explorer.values == {"rank": 5, "layer": "v"}
-    assert "5 bars &amp; v" in explorer._caption.value
+    assert "5 bars &amp; v" in explorer._picture.value
 
 
 def test_set_draws_once_whatever_it_moves():
@@ -56,28 +56,30 @@ def test_set_draws_once_whatever_it_moves():
 
 def test_the_picture_is_white_sharp_and_as_wide_as_it_says():
     explorer = make()
-    image = pixels(explorer._image.value)
+    image = pixels(explorer.png)
     assert image.shape[:2] == (400, 800)  # 4 × 2 inches, 100 dpi, twice
-    assert explorer._image.width == "400"
+    assert 'width="400" height="200"' in explorer._picture.value
+    assert base64.b64encode(explorer.png).decode() in explorer._picture.value
+    assert 'alt="Bars by rank."' in explorer._picture.value
     assert (image[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
 
 
 def test_a_dark_style_of_the_notebook_does_not_reach_the_picture():
-    plain = make()._image.value
+    plain = make().png
     with matplotlib.rc_context({"axes.facecolor": "black", "text.color": "white", "font.size": 20}):
-        assert make()._image.value == plain
+        assert make().png == plain
         assert matplotlib.rcParams["font.size"] == 20
 
 
 def test_an_error_when_a_slider_moves_is_written_in_the_widget():
     explorer = make()
-    before = explorer._image.value
+    before = explorer.png
     explorer.controls["rank"].value = 4
     assert isinstance(explorer.error, ZeroDivisionError)
     assert "ZeroDivisionError: no &lt;rank&gt; 4" in explorer._message.value
     assert "in bars" in explorer._message.value
     assert "still shows rank = 1, layer = q" in explorer._message.value
-    assert explorer._image.value == before
+    assert explorer.png == before
     explorer.controls["rank"].value = 5
     assert explorer.error is None
     assert explorer._message.value == ""
@@ -103,11 +105,11 @@ def test_an_error_in_a_cell_is_raised():
 )
 def test_set_refuses_what_the_controls_cannot_show_and_moves_nothing(values, says):
     explorer = make()
-    before = explorer._image.value
+    before = explorer.png
     with pytest.raises(ValueError, match=says):
         explorer.set(**values)
     assert explorer.values == {"rank": 1, "layer": "q"}
-    assert explorer._image.value == before
+    assert explorer.png == before
     explorer.controls["rank"].value = 2
     assert len(explorer.figure.axes[0].patches) == 2
 
@@ -146,7 +148,7 @@ def test_what_a_notebook_stores_is_a_fixed_sentence_and_the_picture():
     explorer.set(rank=7)
     data, metadata = explorer._repr_mimebundle_()
     assert data["text/plain"] == first["text/plain"] == "Bars by rank."
-    assert base64.b64decode(data["image/png"]) == explorer._image.value
+    assert base64.b64decode(data["image/png"]) == explorer.png
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
     assert set(data) == {"text/plain", "image/png", "application/vnd.jupyter.widget-view+json"}
     assert metadata == {"image/png": {"width": 400, "alt": "7 bars & q"}}
@@ -163,8 +165,8 @@ def test_a_picture_shows_itself_without_pyplot():
 def test_any_figure_will_do():
     explorer = Explorer(lambda rank: Figure(figsize=(2, rank)), "Sizes.", rank=range(1, 4))
     explorer.set(rank=2)
-    assert pixels(explorer._image.value).shape[:2] == (400, 400)
-    assert ">Sizes.<" in explorer._caption.value
+    assert pixels(explorer.png).shape[:2] == (400, 400)
+    assert ">Sizes.<" in explorer._picture.value
 
 
 def test_the_colours_are_the_ones_of_okabe_and_ito():

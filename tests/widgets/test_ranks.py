@@ -176,5 +176,5 @@ def test_full_fine_tuning_has_as_many_directions_as_the_matrix(fast):
     assert explorer.controls["rank"].max == 6
     scores = explorer.figure.axes[4].lines[0]
     assert list(scores.get_ydata()[[0, -1]]) == pytest.approx(
-        [float(before[0].weight.sum()), float(after[0].weight.sum())], abs=1e-5
+        [before[0].weight.sum().item(), after[0].weight.sum().item()], abs=1e-5
     )

@@ -1,0 +1,131 @@
+"""The widgets as a reader has them: a hand on the keyboard, a light and a dark theme, no network."""
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+MODEL = """
+import torch
+from torch import nn
+from pefttutor import LoRA, widgets
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 96)
+
+torch.manual_seed(0)
+model = nn.Module()
+model.layers = nn.ModuleList(Block() for _ in range(4))
+LoRA(r=8).attach(model)
+for layer in (part for block in model.layers for part in (block.q_proj, block.v_proj)):
+    layer.lora_B.data = torch.randn(layer.lora_B.shape) @ torch.diag(torch.linspace(1, 0, 8) ** 2)
+"""
+RANKS = """
+def share(model):
+    now = sum((b.q_proj.lora_B @ b.q_proj.lora_A).square().sum() for b in model.layers)
+    return float(now / whole)
+
+whole = 1.0
+whole = share(model)
+widgets.ranks(model, score=share, score_name="share", rank=2)
+"""
+FAILING = """
+def draw(rank):
+    if rank == 2:
+        raise ValueError("not this rank")
+    return widgets.Picture(3, 1, alt=f"rank {rank} drawn")
+
+widgets.Explorer(draw, "Fails at two.", rank=range(1, 4))
+"""
+
+
+@pytest.fixture(scope="module")
+def notebook(lab):
+    return lab.open("ranks.ipynb", [MODEL, "widgets.ranks.figure(model)", RANKS])
+
+
+def caption(page):
+    return page.locator(".jp-OutputArea-output [role=status]")
+
+
+def shows(page, words):
+    """Wait until the text under the picture says so."""
+    page.wait_for_function(
+        "words => document.querySelector('[role=status]').textContent.includes(words)", arg=words
+    )
+
+
+def picture(page):
+    """Width on the page, width of the image, and its bytes."""
+    return page.locator("figure img").evaluate(
+        "async image => { await image.decode(); const bytes = await (await fetch(image.src)).arrayBuffer();"
+        " return [image.width, image.naturalWidth, [...new Uint8Array(bytes)].join()] }"
+    )
+
+
+def test_arrow_keys_move_the_slider_and_the_picture_follows(notebook):
+    page = notebook.page
+    assert page.locator(".jupyter-widgets-error-widget").count() == 0
+    static = page.locator(".jp-RenderedImage img")
+    assert static.count() == 1  # the figure that comes first
+    assert static.evaluate("image => [image.width, image.naturalWidth]") == [960, 1920]
+    assert "rank 2 of 8" in caption(page).text_content()
+    before = picture(page)
+    assert before[:2] == [960, 1920]
+
+    page.locator(".noUi-handle").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    shows(page, "rank 5 of 8")
+    assert page.locator(".widget-readout").text_content() == "5"
+    assert "All layers at rank 5: share" in caption(page).text_content()
+    after = picture(page)
+    assert after[2] != before[2]
+
+    page.locator("select").select_option("layers.3.v_proj")
+    shows(page, "layers.3.v_proj: rank 5")
+    assert picture(page)[2] != after[2]
+    assert notebook.problems() == []
+
+
+CONTRAST = """element => {
+  const rgb = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => rgb(colour).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  let under = element;
+  while (under && rgb(getComputedStyle(under).backgroundColor)[3] === 0) under = under.parentElement;
+  const [a, b] = [light(getComputedStyle(element).color), light(getComputedStyle(under).backgroundColor)];
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+}"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_every_word_can_be_read_in_both_themes(notebook, theme):
+    page = notebook.page
+    page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+    page.wait_for_timeout(500)  # the theme's style sheet arrives after its name
+    for selector in ("[role=status]", ".widget-label", ".widget-readout"):
+        words = page.locator(f".jp-OutputArea-output {selector}").first
+        assert words.evaluate(CONTRAST) >= 4.5, selector  # WCAG 2, level AA
+    notebook.shot(theme.replace(" ", "-").lower())
+    assert notebook.problems() == []
+
+
+def test_an_error_is_shown_where_the_reader_looks(lab):
+    opened = lab.open("failing.ipynb", ["from pefttutor import widgets", FAILING])
+    page = opened.page
+    assert page.locator("[role=alert]").count() == 0
+    page.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    alert = page.locator("[role=alert]")
+    alert.wait_for()
+    assert "ValueError: not this rank" in alert.text_content()
+    assert alert.evaluate(CONTRAST) >= 4.5
+    opened.shot("error")
+    page.keyboard.press("ArrowRight")
+    alert.wait_for(state="detached")
+    assert caption(page).text_content() == "rank 3 drawn"
+    assert opened.problems() == []
