@@ -1,0 +1,129 @@
+"""Output head and cross-entropy: equal to logits and F.cross_entropy, for any chunk and any ignored labels."""
+
+import pytest
+import torch
+
+from pefttutor.bench.memory import transient_bytes
+from pefttutor.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+
+def draw(tokens=13, d=5, vocabulary=11, ignored=4, dtype=torch.float64, trained=("hidden", "weight", "bias")):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "hidden": torch.randn(tokens, d, generator=generator).to(dtype),
+        "weight": torch.randn(vocabulary, d, generator=generator).to(dtype),
+        "bias": torch.randn(vocabulary, generator=generator).to(dtype),
+    }
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[torch.randperm(tokens, generator=generator)[:ignored]] = -100
+    for name in trained:
+        tensors[name].requires_grad_()
+    return tensors, labels
+
+
+def run(function, tensors, labels, **options):
+    loss = function(tensors["hidden"], tensors["weight"], labels, tensors["bias"], **options)
+    wanted = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+    grads = torch.autograd.grad(loss * 3, list(wanted.values()))  # an incoming gradient that isn't 1
+    return {"loss": loss.detach()} | dict(zip(wanted, grads, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 256])
+@pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")])
+def test_equals_the_formula(chunk, trained):
+    tensors, labels = draw(trained=trained)
+    ours, wanted = (
+        run(linear_cross_entropy, tensors, labels, chunk=chunk),
+        run(linear_cross_entropy_reference, tensors, labels),
+    )
+    for name in wanted:
+        torch.testing.assert_close(ours[name], wanted[name])
+
+
+def test_gradients_are_the_numerical_ones():
+    tensors, labels = draw()
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight, bias: linear_cross_entropy(hidden, weight, labels, bias, chunk=4),
+        tuple(tensors.values()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+)
+def test_every_dtype_against_float64(dtype, tolerance):
+    tensors, labels = draw(dtype=dtype)
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    ours, wanted = (
+        run(linear_cross_entropy, tensors, labels),
+        run(linear_cross_entropy_reference, exact, labels),
+    )
+    assert ours["loss"].dtype == torch.float32
+    for name in wanted:
+        scale = wanted[name].abs().max()
+        torch.testing.assert_close(ours[name].double() / scale, wanted[name] / scale, rtol=0, atol=tolerance)
+
+
+def test_large_logits_stay_finite():
+    """A label whose probability is 0 in float32, and logits whose exponential is infinite."""
+    tensors, labels = draw(dtype=torch.float32)
+    tensors["weight"] = (tensors["weight"].detach() * 500).requires_grad_()
+    ours, wanted = (
+        run(linear_cross_entropy, tensors, labels),
+        run(linear_cross_entropy_reference, tensors, labels),
+    )
+    assert wanted["loss"] > 200
+    for name in wanted:
+        torch.testing.assert_close(ours[name], wanted[name])
+
+
+def test_no_label_at_all_is_nan_as_in_the_formula():
+    tensors, labels = draw(ignored=13)
+    ours, wanted = (
+        run(linear_cross_entropy, tensors, labels),
+        run(linear_cross_entropy_reference, tensors, labels),
+    )
+    assert ours["loss"].isnan()
+    assert wanted["loss"].isnan()
+    assert ours["hidden"].eq(0).all()
+
+
+def test_without_grad_mode_nothing_but_the_loss_is_computed():
+    tensors, labels = draw()
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], labels, tensors["bias"], chunk=9)
+    torch.testing.assert_close(
+        loss, linear_cross_entropy_reference(tensors["hidden"], tensors["weight"], labels, tensors["bias"])
+    )
+    assert sum(event.name in ("aten::mm", "aten::addmm") for event in profiler.events()) == 1
+
+
+def test_peak_memory_is_one_chunk_of_logits():
+    tensors, labels = draw(
+        tokens=64, d=4, vocabulary=500, ignored=0, dtype=torch.float32, trained=("hidden",)
+    )
+    logits = 64 * 500 * 4
+
+    def peak(function, **options):
+        return transient_bytes(lambda: run(function, tensors, labels, **options))
+
+    assert peak(linear_cross_entropy_reference) > 2.9 * logits
+    assert peak(linear_cross_entropy, chunk=8) < 1.5 * logits / 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"labels": torch.full((13,), 11)}, ValueError, r"labels reach from 11 to 11, expected 0 … 10"),
+        ({"labels": torch.full((13,), -1)}, ValueError, "labels reach from -1"),
+        ({"labels": torch.zeros(12, dtype=torch.int64)}, ValueError, r"labels \(12,\)"),
+        ({"labels": torch.zeros(13)}, TypeError, "labels are torch.float32"),
+        ({"hidden": torch.zeros(2, 13, 5)}, ValueError, "flatten batch and sequence"),
+        ({"chunk": 0}, ValueError, "chunk is 0"),
+    ],
+)
+def test_errors_say_what_was_given_and_expected(changes, error, says):
+    tensors, labels = draw(dtype=torch.float32)
+    arguments = tensors | {"labels": labels} | changes
+    with pytest.raises(error, match=says):
+        linear_cross_entropy(**arguments)
