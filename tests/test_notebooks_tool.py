@@ -15,8 +15,9 @@ import pytest
 from pefttutor.notebooks import lesson as lesson_rules
 from pefttutor.notebooks.__main__ import main
 from pefttutor.notebooks.document import Document, canonical
+from pefttutor.notebooks.environment import kernel_environment
 from pefttutor.notebooks.lint import RULES, lint
-from pefttutor.notebooks.store import KERNELSPEC, NotStored, run, store
+from pefttutor.notebooks.store import KERNELSPEC, NotStored, cleaned, run, store
 
 SETUP = 'import sys\n\nif "google.colab" in sys.modules:\n    %pip install -q pefttutor'
 BOX = """<div class="alert alert-info">
@@ -203,6 +204,7 @@ BAD = [
     ("progress", put("print-1", outputs=[printed(" 40%|####      | 2/5 [00:01, 2.0it/s]\n")])),
     ("error", put("print-1", outputs=[error()])),
     ("error", put("print-1", tags=["raises-exception"])),
+    ("error", put("print-1", outputs=[error()], tags=["nbval-raises-exception"])),
     ("picture", put("print-1", outputs=[SVG])),
     ("alt", put("figure", outputs=[figure(alt="")])),
     ("alt", put("figure", outputs=[figure(alt="a figure")])),
@@ -355,27 +357,57 @@ def test_store_writes_one_canonical_form_and_then_leaves_it(folder):
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "timeout_s", "words"),
     [
-        ("1 / 0", r"01_a.ipynb \[bad\] raised ZeroDivisionError: division by zero"),
-        ("import warnings; warnings.warn('old')", r"\[bad\] wrote to stderr"),
-        ("import ipywidgets\nipywidgets.IntSlider()", r"\[bad\] shows a widget without a picture"),
-        ("import time\ntime.sleep(60)", "longer than 2 s"),
+        (
+            "import os\nraise ValueError(os.environ['PEFTTUTOR_REAL'])",
+            60,
+            r"01_a.ipynb \[bad\] raised ValueError: 1",
+        ),
+        ("import time\ntime.sleep(60)", 2, r"\[bad\] ran longer than 2 s"),
+        ("import os\nos._exit(1)", 60, r"\[bad\] killed the kernel"),
     ],
 )
-def test_store_refuses_and_leaves_the_file(source, words, folder):
-    path = notebook_of(code(source, "bad"), folder=folder)
+def test_a_run_that_fails_names_the_cell_and_leaves_the_file(source, timeout_s, words, folder):
+    path = notebook_of(text("# 01", "title"), code("1", "good"), code(source, "bad"), folder=folder)
     before = path.read_bytes()
     with pytest.raises(NotStored, match=words):
-        store(path, timeout_s=2)
+        run(path, real=True, timeout_s=timeout_s)
     assert path.read_bytes() == before
 
 
-def test_run_with_real_models_asks_for_them_and_writes_nothing(folder):
-    path = notebook_of(code("import os\nprint(os.environ.get('PEFTTUTOR_REAL'))", "real"), folder=folder)
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (printed("a warning", "stderr"), r"01_a.ipynb \[bad\] wrote to stderr: 'a warning'"),
+        (nbformat.v4.new_output("display_data", data=VIEW), r"\[bad\] shows a widget without a picture"),
+    ],
+)
+def test_what_must_not_be_stored_is_refused(output, words):
+    with pytest.raises(NotStored, match=words):
+        cleaned(nbformat.v4.new_notebook(cells=[code("f()", "bad", output)]), "01_a.ipynb")
+
+
+def test_a_failing_store_leaves_the_file(folder, capsys):
+    path = notebook_of(code("1 / 0", "bad"), folder=folder)
     before = path.read_bytes()
-    assert run(path, real=True).cells[0].outputs[0].text == "1\n"
+    assert main(["store", str(path)]) == 1
+    assert (
+        capsys.readouterr().err == "not stored: 01_a.ipynb [bad] raised ZeroDivisionError: division by zero\n"
+    )
     assert path.read_bytes() == before
+
+
+def test_a_kernel_gets_our_environment_and_our_package(monkeypatch):
+    monkeypatch.setenv("PEFTTUTOR_REAL", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    environment = kernel_environment()
+    assert "PEFTTUTOR_REAL" not in environment
+    assert environment["OMP_NUM_THREADS"] == "1"
+    first, second = environment["PYTHONPATH"].split(os.pathsep)
+    assert (Path(first) / "pefttutor" / "notebooks").is_dir()
+    assert second == os.path.abspath("elsewhere")
 
 
 def test_the_command_line_counts_what_failed(folder, capsys):
@@ -415,7 +447,8 @@ def test_pytest_nbval_is_strict_from_any_folder(tmp_path):
         cell.execution_count = count
     written(deep, nbformat.v4.new_notebook(cells=[shown, wrong]), "01_a.ipynb")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-p", "no:cacheprovider"]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only nbval's: quicker
+    command = [sys.executable, "-m", "pytest", "-p", "nbval.plugin", "--nbval", "-q"]
     done = subprocess.run(command, cwd=deep, env=environment, capture_output=True, text=True, check=False)
     assert "1 failed, 1 passed" in done.stdout
     assert "mismatch 'stdout'" in done.stdout

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from pefttutor.files import write_atomically
-from pefttutor.notebooks.document import WIDGET_VIEW, Document, canonical, joined, may_raise, name_of
+from pefttutor.notebooks.document import WIDGET_VIEW, Document, canonical, joined, name_of
 from pefttutor.notebooks.environment import kernel_environment
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -57,17 +57,18 @@ def run(path: Path | str, *, real: bool = False, timeout_s: float = 300) -> Any:
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # the kernel's own advice is no business of the author's
     )
+    started: list[Any] = []
+    client.on_cell_start = lambda cell, cell_index: started.append(cell)
     try:
         client.execute(env=kernel_environment(real=real))
+        return notebook
     except CellExecutionError as error:
-        failed = next(cell for cell in notebook.cells if _error(cell) is not None and not may_raise(cell))
-        where = f"{path.name} [{name_of(failed, notebook.cells)}]"
-        raise NotStored(f"{where} raised {error.ename}: {_COLOUR.sub('', error.evalue)}") from None
+        what = f"raised {error.ename}: {_COLOUR.sub('', error.evalue)}"
     except CellTimeoutError:
-        raise NotStored(f"{path.name}: a cell ran longer than {timeout_s:g} s") from None
+        what = f"ran longer than {timeout_s:g} s"
     except DeadKernelError:
-        raise NotStored(f"{path.name}: the kernel died (out of memory?)") from None
-    return notebook
+        what = "killed the kernel (out of memory?)"
+    raise NotStored(f"{path.name} [{name_of(started[-1], notebook.cells)}] {what}")
 
 
 def prepared(document: Document) -> Any:
@@ -84,10 +85,6 @@ def prepared(document: Document) -> Any:
         cell.source = cell.source.rstrip()
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    kept = {k: v for k, v in notebook.get("metadata", {}).items() if k in NOTEBOOK_METADATA}
-    notebook.metadata = nbformat.from_dict(
-        {**kept, "kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
-    )
     return notebook
 
 
@@ -107,10 +104,9 @@ def cleaned(notebook: Any, name: str) -> Any:
         where = f"{name} [{name_of(cell, notebook.cells)}]"
         cell.execution_count = count
         cell.outputs = [_clean_output(output, count, where) for output in _merged(cell.outputs)]
-    notebook.metadata = nbformat.from_dict(
-        {k: v for k, v in notebook.metadata.items() if k in NOTEBOOK_METADATA}
-        | {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
-    )
+    kept = {k: v for k, v in notebook.metadata.items() if k in NOTEBOOK_METADATA}
+    header = {**kept, "kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(header)
     return notebook
 
 
@@ -143,7 +139,3 @@ def _clean_output(output: Any, count: int, where: str) -> Any:
                 "Show a pefttutor.widgets.Explorer, or call display() on a figure first"
             )
     return output
-
-
-def _error(cell: Any) -> Any:
-    return next((output for output in cell.get("outputs", []) if output.output_type == "error"), None)
