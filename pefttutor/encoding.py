@@ -37,7 +37,8 @@ def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: i
 
     classification: `text` → input_ids, attention_mask; labels = the class (a scalar).
     generation (and "lm"): input_ids = prompt + answer + </s>; labels = the same, −100 on the prompt.
-    tagging: `tokens` → input_ids; labels = the tag on each word's first piece, −100 on the others.
+    tagging: `tokens` → input_ids; labels = the tag on each word's last piece, −100 on the others: a causal
+        model knows an ending only once it has read it.
 
     kind=None takes classification when there are `text` and `label`, tagging when there are `tags`, else
     generation. What is longer than `max_length` loses the end of a text but the start of a prompt.
@@ -95,7 +96,7 @@ def _encode_words(row: dict[str, Any], tokenizer: Any, max_length: int) -> Examp
     for position, (word, tag) in enumerate(zip(row["tokens"], row["tags"], strict=True)):
         pieces = answer_ids(tokenizer, " " if position else "", word)
         ids += pieces
-        labels += [int(tag)] + [IGNORED] * (len(pieces) - 1)
+        labels += [IGNORED] * (len(pieces) - 1) + [int(tag)]
     return _example(ids[:max_length], torch.tensor(labels[:max_length]))
 
 

@@ -1,0 +1,111 @@
+"""The cards: data/README.md with the table, and a README.md beside each model and task, written from what is stored."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from . import measure, tasks
+from .pretrain import MODELS, RECIPES
+
+HERE = Path(__file__).parents[1]
+LICENCE = "Apache-2.0, like the rest of the repository; made by its scripts, with no text or weights from elsewhere."
+
+_HEAD = """# The little world
+
+A generated English world (people, towns, trade, weather, food, sport, music, travel), {models} small transformers really
+pretrained on its text, and {tasks} tasks and corpora to adapt them to. All of it is made by the scripts in `world/`; nothing is downloaded.
+
+```python
+from pefttutor import data, models
+
+model, tokenizer = models.load("campus-small")  # or AutoModelForCausalLM.from_pretrained("data/models/campus-small")
+splits = data.load("sentiment", n=64)           # a datasets.DatasetDict; n = 16, 64 or 256 for small-data versions
+```
+
+`python data/build.py --check` rebuilds the tasks and compares them, verifies every weight file and measures the models again.
+`python data/build.py --help` lists what else it does. The bank, the clinic and Velan (a constructed language) are never seen in
+pretraining; prompts of tasks never look like pretraining text, and few-shot blocks in pretraining use label words drawn afresh.
+
+## Before and after adaptation
+
+Scores in percent on the test split: mean ± half the range over three seeds (of the examples shown, or of the order of training; the
+new head is drawn from a fixed seed). In-context rows use the first {limit} test examples and no training. The probe trains the head alone
+(for tasks answered in words: the untied output matrix), full fine-tuning everything: {examples} examples, {epochs} epochs ({slower}), batch
+{batch_size}, AdamW, learning rate {probe_lr:g} (probe) and {full_lr:g} (full). Each number is in `measurements.json`.
+
+"""
+
+
+def _seconds() -> str:
+    times = [v["train_s"] for k, v in measure.stored().items() if k.startswith("full/")]
+    return f"Full fine-tuning took {min(times):.0f}–{max(times):.0f} s a task on one thread.\n" if times else ""
+
+
+def _readme() -> str:
+    count = len([n for n in RECIPES if n != "campus-seed"])
+    head = _HEAD.format(models=count, tasks=len(tasks.ALL), limit=measure.LIMIT, probe_lr=measure.PROBE_LR, full_lr=measure.FULL_LR, **measure.BUDGET,
+                        slower=", ".join(f"{k} {v}" for k, v in measure.EPOCHS.items()))
+    lines = ["\n## Tasks\n", "| task | kind | train / validation / test | what it asks |", "|---|---|---|---|"]
+    lines += [f"| {t.name} | {t.kind} | {' / '.join(map(str, t.sizes))} | {t.description} |" for t in tasks.ALL]
+    return head + measure.table() + "\n" + _seconds() + "\n".join(lines) + "\n"
+
+
+def _model_card(name: str) -> str:
+    recipe, folder = RECIPES[name], MODELS / name
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    size = (folder / "model.safetensors").stat().st_size
+    tokens = recipe.steps * recipe.rows * recipe.length
+    start = f"grown from `{recipe.start}` (function-preserving, world/grow.py), which read {RECIPES[recipe.start].steps * 4096 / 1e6:.1f} M tokens" if recipe.start else "from scratch"  # fmt: skip
+    settings = "\n".join(f"- {k}: {v}" for k, v in asdict(recipe).items())
+    objective = "masked tokens (30 %)" if recipe.encoder else "the next token"
+    commands = "".join(f"python data/build.py --train {n}\n" for n in (recipe.start, name) if n)
+    return f"""# {name}
+
+{"BertForMaskedLM" if recipe.encoder else "LlamaForCausalLM with biases and tied embeddings"}, float16, {size:,} bytes, sha256 `{digest}`.
+
+Trained {start} to predict {objective} of the little world's text: {tokens / 1e6:.1f} M tokens, seed {recipe.seed},
+bfloat16 products on one CPU core with torch 2.13. Made by
+
+```
+{commands}```
+
+{settings}
+
+Licence: {LICENCE}
+
+Known limits: it knows the little world and nothing else; sums beyond two digits, long texts (more than {recipe.length} tokens) and any other
+English are beyond it. Training on another processor gives other last digits, so another file, with about the same scores.
+"""
+
+
+def _task_card(task: tasks.Task) -> str:
+    about = json.loads((tasks.TASKS / task.name / "task.json").read_text(encoding="utf-8"))
+    example = json.loads((json.dumps(tasks.read(task)["train"][0])))
+    labels = f"\nLabels: {', '.join(task.labels)}.\n" if task.labels else ""
+    return f"""# {task.name}
+
+{task.description} Kind: {task.kind}; metric: {task.metric.replace("_", " ")}; best possible: {100 * task.ceiling:.0f} %.
+{labels}
+{" / ".join(map(str, task.sizes))} examples in train / validation / test, drawn with seed {task.seed} by `python data/build.py --tasks`.
+sha256 of the examples: `{about["fingerprint"]}`. `subsets.json` holds the indices of the small-data versions (16, 64, 256).
+
+The first example:
+
+```json
+{json.dumps(example, indent=1, ensure_ascii=False)}
+```
+
+Licence: {LICENCE}
+
+Known limits: sentences come from a grammar, so a model can do perfectly here and know nothing of real text.
+"""
+
+
+def write_all() -> None:
+    """Write every card from what is stored now."""
+    (HERE / "README.md").write_text(_readme(), encoding="utf-8")
+    for name in (n for n in RECIPES if (MODELS / n / "model.safetensors").exists()):
+        (MODELS / name / "README.md").write_text(_model_card(name), encoding="utf-8")
+    for task in tasks.ALL:
+        (tasks.TASKS / task.name / "README.md").write_text(_task_card(task), encoding="utf-8")

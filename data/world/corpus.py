@@ -1,0 +1,59 @@
+"""The pretraining mixture: documents in seeded shards, and the tokenizer trained on them."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from . import prose, reasoning, rules
+
+# Share of documents; few-shot blocks are the longest, so they make up about half of the tokens.
+MIXTURE: dict[Callable[[random.Random], str], float] = {
+    rules.block: 0.30, prose.review_document: 0.12, prose.news_document: 0.10, prose.story: 0.09, prose.portrait: 0.06,
+    prose.gazetteer: 0.03, prose.letter: 0.04, reasoning.consequence: 0.07, reasoning.question_document: 0.08,
+    reasoning.list_document: 0.05, reasoning.table_document: 0.03, reasoning.sql_document: 0.03,
+}  # fmt: skip
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<sep>"]
+VOCABULARY = 3072
+HELD_OUT_SEED = 999_000  # shards from here on are never trained on
+
+
+def documents(seed: int, n: int) -> Iterator[str]:
+    """`n` documents of shard `seed`."""
+    rng = random.Random(seed)
+    kinds, weights = list(MIXTURE), list(MIXTURE.values())
+    for make in rng.choices(kinds, weights, k=n):
+        yield make(rng)
+
+
+def train_tokenizer(n: int = 60_000) -> Tokenizer:
+    """Byte-level BPE on `n` documents; every digit is a token of its own, so that sums can be learned."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(documents(0, n), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <sep> $B", special_tokens=[(t, i) for i, t in enumerate(SPECIAL_TOKENS)]
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer in the form that `AutoTokenizer.from_pretrained(folder)` reads."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   mask_token="<mask>", sep_token="<sep>", cls_token="<s>", model_max_length=512, padding_side="right")  # fmt: skip
+    fast.save_pretrained(folder)
+
+
+def shard(tokenizer: Tokenizer, seed: int, n: int = 20_000) -> np.ndarray:
+    """One shard as a flat array of token ids, each document between `<s>` and `</s>`."""
+    encodings = tokenizer.encode_batch(list(documents(seed, n)))
+    return np.concatenate([np.asarray([*e.ids, 2], dtype=np.uint16) for e in encodings])

@@ -1,0 +1,187 @@
+"""What the embedded models can do before and after adaptation: the table in data/README.md.
+
+For each task: chance, zero-shot and four-shot in context (every model), a linear probe and full fine-tuning (one model),
+over three seeds. Every number is stored in measurements.json with its seed, so that a stopped run goes on where it was.
+"""
+
+import json
+import math
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import nn
+
+import pefttutor as pt
+from pefttutor import data, models
+
+from . import corpus, tasks
+from .pretrain import RECIPES, held_out_loss
+
+HERE = Path(__file__).parents[1]
+STORE = HERE / "measurements.json"
+CAUSAL = ("campus-nano", "campus-small", "campus-base")
+TUNED, SEEDS = "campus-small", (0, 1, 2)
+LIMIT = 200  # test examples for the in-context rows; the tuned rows use the whole test split
+BUDGET = dict(examples=1000, epochs=2, batch_size=16)
+EPOCHS = {"entailment": 4, "paraphrase": 4, "question": 3, "bank_sql": 4, "sorting": 4, "memory": 25, "clinic": 3}  # slower to learn
+PROBE_LR, FULL_LR = 5e-3, 1e-3
+
+
+def _task(name: str) -> tasks.Task:
+    return next(t for t in tasks.ALL if t.name == name)
+
+
+def chance(task: tasks.Task) -> float:
+    """The best score without looking at the input: the most frequent class, tag or answer of the training split."""
+    splits = data.load(task.name)
+    if task.kind == "tagging":
+        tags = [t for row in splits["test"]["tags"] for t in row]
+        return Counter(tags).most_common(1)[0][1] / len(tags)
+    key = "label" if task.kind == "classification" else "answer"
+    best = Counter(splits["train"][key]).most_common(1)[0][0]
+    return mean(value == best for value in splits["test"][key])
+
+
+def in_context(model_name: str, task: tasks.Task, shots: int, seed: int) -> float | None:
+    """Score with `shots` examples of the training split in front of each prompt; nothing is trained."""
+    if task.kind == "tagging" or task.metric == "perplexity":
+        return None
+    model, tokenizer = models.load(model_name)
+    splits, rng = data.load(task.name), random.Random(seed)
+    rows = splits["test"].select(range(min(LIMIT, len(splits["test"])))).to_list()
+    train = splits["train"].to_list()
+    for row in rows:
+        shown = rng.sample(train, shots)
+        row["prompt"] = "".join(f"{r['prompt']}{r['answer']}\n\n" for r in shown) + row["prompt"]
+    return data.score(model, tokenizer, rows, data.info(task.name))
+
+
+def _head_only(model: nn.Module) -> None:
+    """Freeze all but the head; a language model's head is first untied from its embeddings."""
+    head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.score
+    if hasattr(model, "lm_head"):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+
+
+def tuned(task: tasks.Task, seed: int, *, probe: bool) -> dict[str, float]:
+    """Train the head alone (`probe`) or everything; returns the test score and the seconds of training."""
+    head = {"classification": "classification", "tagging": "tagging"}.get(task.kind, "lm")
+    labels = {} if head == "lm" else {"labels": list(task.labels or ())}
+    model, tokenizer = models.load(TUNED, head=head, **labels)
+    splits = data.load(task.name)
+    n = min(BUDGET["examples"], len(splits["train"]))
+    train = data.encode(splits["train"].select(range(n)), tokenizer, kind=task.kind)
+    if probe:
+        _head_only(model)
+    start = time.perf_counter()
+    pt.fit(model, train, epochs=EPOCHS.get(task.name, BUDGET["epochs"]), batch_size=BUDGET["batch_size"], lr=PROBE_LR if probe else FULL_LR, seed=seed, progress=False)
+    seconds = time.perf_counter() - start
+    return {"score": data.score(model, tokenizer, splits["test"], data.info(task.name)), "train_s": round(seconds, 1)}
+
+
+def perplexity(model_name: str, name: str) -> float:
+    """exp of the mean loss a token on a corpus's test split."""
+    model, tokenizer = models.load(model_name)
+    examples = data.encode(data.load(name)["test"], tokenizer, kind="lm")
+    return math.exp(pt.evaluate(model, examples)["loss"])
+
+
+def _keys() -> list[str]:
+    """Everything that the table needs, as `what/task/model/seed`, quick rows first."""
+    scored = [t.name for t in tasks.ALL if t.metric != "perplexity"]
+    keys = [f"chance/{t}//0" for t in scored] + [f"held_out//{m}/0" for m in RECIPES if m != "campus-seed"]
+    keys += [f"{what}/{t}/{TUNED}/{s}" for s in SEEDS for t in scored for what in ("full", "probe")]
+    spoken = [t for t in scored if _task(t).kind != "tagging"]
+    keys += [f"shots{k}/{t}/{m}/{s}" for m in CAUSAL for s in SEEDS for t in spoken for k in ((0, 4) if s == 0 else (4,))]
+    return keys + [f"domain/{t.name}/{TUNED}/{s}" for t in tasks.ALL if t.metric == "perplexity" for s in SEEDS]
+
+
+def compute(key: str) -> object:
+    what, name, model, seed = key.split("/")
+    if what == "held_out":
+        return _held_out(model)
+    if what == "chance":
+        return chance(_task(name))
+    if what.startswith("shots"):
+        return in_context(model, _task(name), int(what[5:]), int(seed))
+    if what == "domain":
+        before = perplexity(TUNED, name)
+        return {"before": before} | {"after": _adapted_perplexity(name, int(seed))}
+    return tuned(_task(name), int(seed), probe=what == "probe")
+
+
+def _held_out(name: str) -> float:
+    from tokenizers import Tokenizer
+
+    model, _ = models.load(name)
+    return held_out_loss(model, Tokenizer.from_file(str(HERE / "models" / "tokenizer.json")), RECIPES[name])
+
+
+def _adapted_perplexity(name: str, seed: int) -> float:
+    model, tokenizer = models.load(TUNED)
+    splits = data.load(name)
+    train = data.encode(splits["train"].select(range(500)), tokenizer, kind="lm")
+    pt.fit(model, train, epochs=1, batch_size=8, lr=FULL_LR, seed=seed, progress=False)
+    return math.exp(pt.evaluate(model, data.encode(splits["test"], tokenizer, kind="lm"))["loss"])
+
+
+def run(only: str = "", *, part: int = 0, parts: int = 1) -> None:
+    """Compute what is not stored yet (keys that start with `only`; with `parts`, every parts-th of them)."""
+    for key in [k for k in _keys() if k.startswith(only)][part::parts]:
+        if key in stored():
+            continue
+        start = time.time()
+        value = compute(key)
+        rest = stored() | {key: value}
+        temporary = STORE.with_suffix(f".{part}.tmp")
+        temporary.write_text(json.dumps(dict(sorted(rest.items())), indent=0) + "\n")
+        temporary.replace(STORE)
+        print(f"{key}: {value} ({time.time() - start:.0f} s)", flush=True)
+
+
+def stored() -> dict[str, object]:
+    return json.loads(STORE.read_text()) if STORE.exists() else {}
+
+
+def _mean_spread(values: list[float]) -> str:
+    """`83 ± 2`: mean and half the range, in percent."""
+    return f"{100 * mean(values):.0f} ± {50 * (max(values) - min(values)):.0f}" if len(values) > 1 else f"{100 * values[0]:.0f}"
+
+
+def table() -> str:
+    """The measurements as Markdown."""
+    found = stored()
+
+    def get(what: str, task: str, model: str) -> str:
+        values = [found[k] for s in SEEDS if (k := f"{what}/{task}/{model}/{s}") in found]
+        values = [v["score"] if isinstance(v, dict) else v for v in values]
+        return _mean_spread(values) if values else "–"
+
+    lines = ["| task | metric | best possible | chance | " + " | ".join(f"{m[7:]} 0-shot | {m[7:]} 4-shot" for m in CAUSAL)
+             + f" | probe ({TUNED[7:]}) | full fine-tuning ({TUNED[7:]}) |", "|---" * 12 + "|"]  # fmt: skip
+    for task in tasks.ALL:
+        if task.metric == "perplexity":
+            continue
+        cells = [f"{100 * task.ceiling:.0f}", get("chance", task.name, "")]
+        for model in CAUSAL:
+            cells += [get("shots0", task.name, model), get("shots4", task.name, model)]
+        cells += [get("probe", task.name, TUNED), get("full", task.name, TUNED)]
+        lines.append(f"| {task.name} | {task.metric.replace('_', ' ')} | {' | '.join(cells)} |")
+    lines += ["", "| model | parameters | perplexity on unseen text of the world |", "|---|---|---|"]
+    for name in (n for n in RECIPES if n != "campus-seed"):
+        if (loss := found.get(f"held_out//{name}/0")) is not None:
+            kind = " (of masked tokens)" if RECIPES[name].encoder else ""
+            lines.append(f"| {name} | {sum(p.numel() for p in models.load(name)[0].parameters()):,} | {math.exp(loss):.3f}{kind} |")
+    lines += ["", f"| domain never read | perplexity of {TUNED} | after one pass over 500 texts |", "|---|---|---|"]
+    for task in tasks.ALL:
+        pairs = [v for s in SEEDS if (v := found.get(f"domain/{task.name}/{TUNED}/{s}"))]
+        if pairs:
+            after = [p["after"] for p in pairs]
+            lines.append(f"| {task.name} | {pairs[0]['before']:.1f} | {mean(after):.2f} ± {(max(after) - min(after)) / 2:.2f} |")
+    return "\n".join(lines) + "\n"

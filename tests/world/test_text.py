@@ -1,0 +1,180 @@
+"""The generator: seeded, varied, consistent with its own facts, and silent about what is held out."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from world import corpus, domains, facts, prose, reasoning, rules, tasks, velan
+from world import lexicon as lx
+
+
+def _text(n: int = 4000, seed: int = 3) -> str:
+    return "\n".join(corpus.documents(seed, n))
+
+
+def test_the_seed_fixes_the_text():
+    assert list(corpus.documents(8, 60)) == list(corpus.documents(8, 60))
+    assert list(corpus.documents(8, 60)) != list(corpus.documents(9, 60))
+
+
+def test_the_vocabulary_is_rich_and_documents_hardly_repeat():
+    documents = list(corpus.documents(3, 8000))
+    words = set(re.findall(r"[A-Za-z]+", " ".join(documents)))
+    assert len(words) > 2500
+    assert len(set(documents)) > 0.97 * len(documents)
+
+
+@pytest.mark.parametrize("make", [domains.bank_text, domains.clinic_text, velan.text])
+def test_held_out_domains_bring_words_that_pretraining_never_reads(make):
+    read = set(re.findall(r"[a-z]{5,}", _text()))
+    rng = random.Random(0)
+    held_out = Counter(re.findall(r"\b[a-z]{5,}\b", " ".join(make(rng) for _ in range(200))))
+    new = sum(n for word, n in held_out.items() if word not in read)
+    assert new > 0.5 * held_out.total()
+
+
+def test_no_prompt_of_a_task_occurs_in_pretraining():
+    text = _text()
+    for task in tasks.ALL:
+        row = task.draw(random.Random(1), "train")
+        if prompt := str(row.get("prompt", "")):
+            assert prompt.rstrip().split("\n")[-1] not in text, task.name
+
+
+def test_a_person_is_the_same_in_every_document():
+    jobs: dict[str, set[str]] = {}
+    for document in corpus.documents(4, 6000):
+        for name, job in re.findall(r"^(\w+ \w+) is an? (\w+) from", document):
+            jobs.setdefault(name, set()).add(job)
+    known = {p.name: {p.job} for p in facts.people()}
+    assert len(jobs) > 100
+    assert all(known[name] == found for name, found in jobs.items())
+
+
+def _replay(story: str) -> dict[str, str]:
+    """Where each thing is after the events of a story, read from its sentences alone."""
+    place: dict[str, str] = {}
+    for line in story.split("."):
+        if line.strip().startswith("At the end"):
+            break
+        if found := re.search(r"The (\w+ \w+) was in the (\w+)$", line):
+            place[found[1]] = found[2]
+        elif found := re.search(r"(\w+) (?:picked up|found|fetched) the (\w+ \w+)$", line):
+            place[found[2]] = found[1]
+        elif found := re.search(r"gave the (\w+ \w+) to (\w+)$", line):
+            place[found[1]] = found[2]
+        elif found := re.search(r"(\w+) took the (\w+ \w+) from", line):
+            place[found[2]] = found[1]
+        elif found := re.search(r"(?:put|left|hid) the (\w+ \w+) in the (\w+)$", line):
+            place[found[1]] = found[2]
+    return place
+
+
+def test_stories_end_as_their_events_say():
+    rng = random.Random(5)
+    endings = 0
+    for _ in range(300):
+        text = prose.story(rng)
+        place = _replay(text)
+        for thing, where in re.findall(r"At the end the (\w+ \w+) was in the (\w+)\.", text):
+            assert place[thing] == where, text
+            endings += 1
+        for who, thing in re.findall(r"At the end (\w+) had the (\w+ \w+)\.", text):
+            assert place[thing] == who, text
+            endings += 1
+    assert endings > 300
+
+
+def _polarity(clause: str) -> int:
+    """−1, 0 or 1 for one clause, by a reading that doesn't use the generator: adjectives and what turns them round."""
+    words = re.findall(r"\w+", clause)
+    good = any(w in prose.GOOD + prose.GREAT for w in words)
+    bad = any(w in prose.BAD + prose.AWFUL for w in words)
+    if good and bad or not (good or bad):
+        return 0
+    turned = any(w in ("not", "never", "anything") for w in words) and "could not have been more" not in clause
+    return (1 if good else -1) * (-1 if turned else 1)
+
+
+def test_reviews_mean_their_grade():
+    rng = random.Random(6)
+    for _ in range(500):
+        grade = rng.choice((1, 2, 4, 5))
+        text = prose.review(rng, grade)
+        last = re.split(r"but what counts is that|in the end|yet to me", text)[-1]
+        assert _polarity(last) == (1 if grade > 3 else -1), text
+
+
+def test_no_single_word_gives_a_review_away():
+    """Negation and contrast put good words into bad reviews: a bag of words must not be enough."""
+    rng = random.Random(7)
+    bad = [prose.review(rng, rng.choice((1, 2))) for _ in range(600)]
+    with_good_word = sum(any(w in prose.GOOD + prose.GREAT for w in re.findall(r"\w+", t)) for t in bad)
+    assert with_good_word > 0.4 * len(bad)
+
+
+def test_paraphrases_tell_one_event_and_the_others_differ():
+    rng = random.Random(8)
+
+    def roles(sentence: str) -> tuple[str, ...]:
+        found = re.search(r"at the (\w+) (\w+) was \w+ an? (\w+) (\w+) by (\w+)", sentence)
+        if found:
+            site, taker, adjective, noun, giver = found.groups()
+        elif found := re.search(r"(\w+) got an? (\w+) (\w+) from (\w+) at the (\w+)", sentence):
+            taker, adjective, noun, giver, site = found.groups()
+        elif found := re.search(r"(\w+) \w+ an? (\w+) (\w+) to (\w+) at the (\w+)", sentence):
+            giver, adjective, noun, taker, site = found.groups()
+        else:
+            found = re.search(r"(\w+) \w+ (\w+) an? (\w+) (\w+) at the (\w+)", sentence)
+            assert found, sentence
+            giver, taker, adjective, noun, site = found.groups()
+        return giver, taker, adjective, noun, site
+
+    for i in range(300):
+        first, second = reasoning.paraphrase(rng, bool(i % 2))
+        assert (roles(first) == roles(second)) == bool(i % 2), (first, second)
+
+
+def test_questions_are_answered_in_the_passage():
+    rng = random.Random(9)
+    for _ in range(200):
+        passage, _, answer = reasoning.passage_question(rng)
+        assert answer in passage
+
+
+def test_few_shot_blocks_follow_one_rule_with_label_words_of_their_own():
+    rng = random.Random(10)
+    draw = rules.CLASSIFICATIONS["parity"](rng)
+    pairs = {(int(x) % 2, y) for x, y in (draw(rng) for _ in range(60))}
+    assert len(pairs) == 2 and len({y for _, y in pairs}) == 2
+    labels = {y for _ in range(40) for _, y in [rules.CLASSIFICATIONS["parity"](rng)(rng)]}
+    assert len(labels) > 20
+    for name, expected in {"sort": lambda x: " ".join(sorted(x.split())), "last": lambda x: x.split()[-1]}.items():
+        draw = rules.OPERATIONS[name](rng)
+        assert all(expected(x) == y for x, y in (draw(rng) for _ in range(50)))
+
+
+def test_velan_tags_follow_from_endings_and_words_from_its_own_sounds():
+    rng = random.Random(11)
+    english = set(re.findall(r"[a-z]+", _text(1500).lower()))
+    for _ in range(200):
+        words, tags = velan.sentence(rng, rng.choice(velan.TOPICS))
+        assert not set(words) & english
+        for word, tag in zip(words, tags, strict=True):
+            if tag.startswith("VERB"):
+                assert word.endswith("esh" if tag == "VERB-PAST" else "orr")
+            elif tag in ("SUBJECT", "OBJECT"):
+                assert word.endswith("ik" if tag == "SUBJECT" else "un")
+
+
+def test_every_bank_query_runs_and_most_find_something():
+    rng = random.Random(12)
+    script = domains.bank_script(random.Random(2000))
+    found = [domains.bank_rows_of(domains.bank_question(rng)[1], script) for _ in range(150)]
+    assert sum(bool(rows) and rows != [(None,)] for rows in found) > 0.9 * len(found)
+
+
+def test_the_lexicon_has_a_plural_for_all_things_and_opposites_both_ways():
+    assert all(t in lx.PLURALS for t in lx.THINGS + lx.ANIMALS)
+    assert all(lx.OPPOSITE_OF[a] for pair in lx.OPPOSITES for a in pair)
