@@ -137,6 +137,9 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     if found[0]:
         raise ValueError(f"the method is attached to the part {found[0]!r} of this model: pass that part.")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lost = [name for name in found[1].names if name not in tensors]
+    if lost:
+        raise ValueError(f"this model has lost {lost[0]!r}: was a layer replaced after attaching?")
     return {name: tensors[name].detach() for name in found[1].names}
 
 

@@ -72,7 +72,9 @@ def _why_not(modules: dict[str, nn.Module], name: str, types: Collection[type] |
     if types is None:
         return None
     if type(module) not in types:
-        return f"it is a {type(module).__name__}, not {_listed([t.__name__ for t in types], 'or')}"
+        known, kind = [t.__name__ for t in types], type(module).__name__
+        kind = f"{type(module).__module__}.{kind}" if kind in known else kind
+        return f"it is a {kind}, not {_listed(known, 'or')}"
     if "forward" in vars(module):
         return (
             "its forward was replaced on the object (by a device hook?), so a new layer would not be called"

@@ -167,6 +167,13 @@ def test_what_a_method_saves_does_not_depend_on_later_freezing():
     assert set(saved_tensors(model)) == {"q.bias", "norm.bias"}
 
 
+def test_a_layer_that_was_replaced_afterwards_is_missed():
+    model = BiasOnly().attach(block())
+    model["q"] = nn.Linear(4, 4, bias=False)
+    with pytest.raises(ValueError, match=r"this model has lost 'q\.bias'"):
+        saved_tensors(model)
+
+
 # ---- the package ----
 
 

@@ -51,11 +51,11 @@ class LoRA:
     init_seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
+        if not isinstance(self.r, int) or not _is_number(self.r) or self.r <= 0:
             raise ValueError(f"r is {self.r!r}; it must be a whole number ≥ 1.")
-        if not 0 < self.lora_alpha < math.inf:
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha is {self.lora_alpha!r}; it must be a number > 0 (usual: r or 2·r).")
-        if not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; it must be a probability in [0, 1).")
         if not self.target_modules:
             raise ValueError(
@@ -153,6 +153,10 @@ class LoRA:
                 raise ValueError(
                     f"{name!r} is a target and part of {head!r} in modules_to_save: it can be only one."
                 )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _kinds() -> dict[type, type[LoRALayer]]:

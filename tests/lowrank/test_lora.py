@@ -9,6 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
@@ -191,6 +194,31 @@ def test_ten_steps_leave_every_frozen_bit_alone(tiny, batch, kind, targets, opti
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved == set(trainable(model))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "targets", "published"),
+    [
+        ("BertConfig", {}, ("query", "value"), 294_912),  # LoRA paper, RoBERTa-base: "0.3 M"
+        (
+            "T5Config",
+            {"d_model": 2048, "num_heads": 32, "num_layers": 24},
+            ("q", "v"),
+            4_718_592,
+        ),  # T0_3B: 19 MB
+        (
+            "T5Config",
+            {"d_model": 1024, "num_heads": 16, "num_layers": 24},
+            ("q", "v"),
+            2_359_296,
+        ),  # mt0-large
+    ],
+)
+def test_counts_are_the_published_ones_without_any_weights(config, settings, targets, published):
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(getattr(transformers, config)(**settings))
+    assert LoRA(r=8, target_modules=targets).count(model) == published
+    assert sum(trainable(LoRA(r=8, target_modules=targets).attach(model)).values()) == published
 
 
 # ---- initialisation ----
@@ -423,12 +451,10 @@ def test_without_checkpointing_nothing_below_the_first_factor_needs_a_gradient(t
 
 
 def test_layers_are_the_plain_formula_with_any_shapes(redraw):
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
     size = st.integers(1, 9)
 
-    @hypothesis.settings(max_examples=60, deadline=None)
-    @hypothesis.given(
+    @settings(max_examples=60, deadline=None)
+    @given(
         n_in=size, n_out=size, lead=st.lists(st.integers(0, 3), max_size=3), bias=st.booleans(), d=st.data()
     )
     def check(n_in, n_out, lead, bias, d):
@@ -470,6 +496,9 @@ def test_an_embedding_is_the_plain_formula_and_keeps_its_padding_row(redraw):
         ({"r": -2}, "r is -2"),
         ({"r": 2.5}, "r is 2.5"),
         ({"r": True}, "r is True"),
+        ({"r": "8"}, "r is '8'"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"lora_dropout": None}, "lora_dropout is None"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"lora_alpha": math.nan}, "lora_alpha is nan"),
         ({"lora_dropout": 1.0}, r"lora_dropout is 1.0; it must be a probability in \[0, 1\)"),
@@ -553,6 +582,14 @@ def test_an_attention_that_reads_past_its_layer_is_refused():
         ValueError, match=r"reads its weight without calling it.*set_fastpath_enabled\(False\)"
     ):
         LoRA(r=2, target_modules=("linear1",)).attach(model)
+
+
+def test_a_model_that_peft_has_adapted_is_not_adapted_again(tiny):
+    theirs, _ = with_peft(tiny("llama"), LoRA())
+    with pytest.raises(
+        ValueError, match=r"q_proj' can't be adapted: it is a peft\.tuners\.lora\.layer\.Linear"
+    ):
+        LoRA().attach(theirs)
 
 
 def test_a_model_can_be_adapted_only_once(tiny):
