@@ -5,7 +5,7 @@
 --train NAME       pretrain one model (campus-seed first: the causal models start from it); resumes where it was stopped
 --measure          measure what is missing in data/measurements.json; --only PREFIX for a part of it
 --table            write the measurements into data/README.md, the cards and SHA256SUMS
---check            rebuild the tasks in memory and compare them, compare every weight file, measure the held-out losses again
+--check            rebuild the tasks in memory, verify every weight file, measure the held-out losses again; compare all three
 """
 
 import argparse
@@ -21,7 +21,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 def sums() -> str:
     """One line per file that pefttutor.models.load verifies: sha256, two blanks, path under data/models."""
     files = sorted(p for p in (HERE / "models").glob("campus-*/*") if p.suffix in (".safetensors", ".json"))
-    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(HERE / 'models')}\n" for p in files)
+    return "".join(
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(HERE / 'models')}\n" for p in files
+    )
 
 
 def check() -> list[str]:
@@ -31,30 +33,46 @@ def check() -> list[str]:
     problems = []
     for task in tasks.ALL:
         path = HERE / "tasks" / task.name
-        stored = json.loads((path / "task.json").read_text(encoding="utf-8")) if (path / "task.json").exists() else {}
+        stored = (
+            json.loads((path / "task.json").read_text(encoding="utf-8"))
+            if (path / "task.json").exists()
+            else {}
+        )
         fresh = tasks.draw_splits(task)
         if stored.get("fingerprint") != tasks.fingerprint(fresh):
-            problems.append(f"data/tasks/{task.name}/task.json: not what the generator draws; run python data/build.py --tasks")
+            problems.append(
+                f"data/tasks/{task.name}/task.json: not what the generator draws; run python data/build.py --tasks"
+            )
         elif tasks.read(task, path.parent) != fresh:
-            problems.append(f"data/tasks/{task.name}: the parquet files differ from the generator; run python data/build.py --tasks")
+            problems.append(
+                f"data/tasks/{task.name}: the parquet files differ from the generator; run python data/build.py --tasks"
+            )
     if (HERE / "models" / "SHA256SUMS").read_text() != sums():
-        problems.append("data/models: a file differs from SHA256SUMS; run git checkout -- data/models, or train it again")
+        problems.append(
+            "data/models: a file differs from SHA256SUMS; run git checkout -- data/models, or train it again"
+        )
         return problems
     for key, value in measure.stored().items():
         if key.startswith("held_out"):
             again = measure.compute(key)
             if abs(again - value) > 0.002:
-                problems.append(f"{key}: measured {again:.4f} now, {value:.4f} is stored; run python data/build.py --measure")
+                problems.append(
+                    f"{key}: measured {again:.4f} now, {value:.4f} is stored; run python data/build.py --measure"
+                )
     return problems
 
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for flag in ("--tasks", "--tokenizer", "--measure", "--table", "--check"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--train", metavar="NAME")
-    parser.add_argument("--work", type=Path, default=HERE / ".work", help="where checkpoints are kept while training")
+    parser.add_argument(
+        "--work", type=Path, default=HERE / ".checkpoints", help="where checkpoints are kept while training"
+    )
     parser.add_argument("--only", default="", help="measure only the keys that start so")
     args = parser.parse_args()
     from world import corpus, pretrain, tasks

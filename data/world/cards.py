@@ -39,15 +39,30 @@ new head is drawn from a fixed seed). In-context rows use the first {limit} test
 
 def _seconds() -> str:
     times = [v["train_s"] for k, v in measure.stored().items() if k.startswith("full/")]
-    return f"Full fine-tuning took {min(times):.0f}–{max(times):.0f} s a task on one thread.\n" if times else ""
+    return (
+        f"Full fine-tuning took {min(times):.0f}–{max(times):.0f} s a task on one thread.\n" if times else ""
+    )
 
 
 def _readme() -> str:
     count = len([n for n in RECIPES if n != "campus-seed"])
-    head = _HEAD.format(models=count, tasks=len(tasks.ALL), limit=measure.LIMIT, probe_lr=measure.PROBE_LR, full_lr=measure.FULL_LR, **measure.BUDGET,
-                        slower=", ".join(f"{k} {v}" for k, v in measure.EPOCHS.items()))
-    lines = ["\n## Tasks\n", "| task | kind | train / validation / test | what it asks |", "|---|---|---|---|"]
-    lines += [f"| {t.name} | {t.kind} | {' / '.join(map(str, t.sizes))} | {t.description} |" for t in tasks.ALL]
+    head = _HEAD.format(
+        models=count,
+        tasks=len(tasks.ALL),
+        limit=measure.LIMIT,
+        probe_lr=measure.PROBE_LR,
+        full_lr=measure.FULL_LR,
+        **measure.BUDGET,
+        slower=", ".join(f"{k} {v}" for k, v in measure.EPOCHS.items()),
+    )
+    lines = [
+        "\n## Tasks\n",
+        "| task | kind | train / validation / test | what it asks |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {t.name} | {t.kind} | {' / '.join(map(str, t.sizes))} | {t.description} |" for t in tasks.ALL
+    ]
     return head + measure.table() + "\n" + _seconds() + "\n".join(lines) + "\n"
 
 
@@ -81,7 +96,7 @@ English are beyond it. Training on another processor gives other last digits, so
 
 def _task_card(task: tasks.Task) -> str:
     about = json.loads((tasks.TASKS / task.name / "task.json").read_text(encoding="utf-8"))
-    example = json.loads((json.dumps(tasks.read(task)["train"][0])))
+    example = json.loads(json.dumps(tasks.read(task)["train"][0]))
     labels = f"\nLabels: {', '.join(task.labels)}.\n" if task.labels else ""
     return f"""# {task.name}
 

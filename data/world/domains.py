@@ -33,8 +33,13 @@ CREATE TABLE loans (id INTEGER, owner TEXT, branch TEXT, amount INTEGER, rate IN
 def bank_rows(rng: random.Random, n: int = 120) -> dict[str, list[tuple]]:
     """The rows of the bank's two tables."""
     owners = [p.first for p in rng.sample(people(), 60)]
-    accounts = [(i, rng.choice(owners), rng.choice(BRANCHES), rng.choice(KINDS), rng.randint(0, 99)) for i in range(n)]
-    loans = [(i, rng.choice(owners), rng.choice(BRANCHES), rng.randint(1, 99), rng.randint(1, 12)) for i in range(n)]
+    accounts = [
+        (i, rng.choice(owners), rng.choice(BRANCHES), rng.choice(KINDS), rng.randint(0, 99)) for i in range(n)
+    ]
+    loans = [
+        (i, rng.choice(owners), rng.choice(BRANCHES), rng.randint(1, 99), rng.randint(1, 12))
+        for i in range(n)
+    ]
     return {"accounts": accounts, "loans": loans}
 
 

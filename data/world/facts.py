@@ -64,8 +64,8 @@ def towns() -> tuple[Town, ...]:
 def people() -> tuple[Person, ...]:
     """The 900 people. A first name always goes with the same pronoun."""
     rng = random.Random(WORLD_SEED + 1)
-    she = {n: n[-1] in "aeyhs" and n not in ("Arne", "Basil", "Boris", "Clive", "Amos", "Enzo", "Gus", "Hans", "Jonas",
-           "Lars", "Linus", "Louis", "Lucas", "Luis", "Nils", "Tobias", "Ralph") or n in ("Edith", "Ethel", "Iris", "Mabel",
+    she = {n: (n[-1] in "aeyhs" and n not in ("Arne", "Basil", "Boris", "Clive", "Amos", "Enzo", "Gus", "Hans", "Jonas",
+           "Lars", "Linus", "Louis", "Lucas", "Luis", "Nils", "Tobias", "Ralph")) or n in ("Edith", "Ethel", "Iris", "Mabel",
            "Joan", "Harriet", "Doris") for n in lx.FIRST_NAMES}  # fmt: skip
     found: dict[str, Person] = {}
     while len(found) < 900:

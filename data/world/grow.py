@@ -30,7 +30,15 @@ def grow(small: nn.Module, large: nn.Module, *, noise: float = 0.02, seed: int =
     s, g = small.config, large.config
     hidden, ffn = _mapping(g.hidden_size, s.hidden_size), _mapping(g.intermediate_size, s.intermediate_size)
     heads = _heads(g.hidden_size, s.hidden_size, s.hidden_size // s.num_attention_heads)
-    rows = {"q_proj": heads, "k_proj": heads, "v_proj": heads, "o_proj": hidden, "gate_proj": ffn, "up_proj": ffn, "down_proj": hidden}
+    rows = {
+        "q_proj": heads,
+        "k_proj": heads,
+        "v_proj": heads,
+        "o_proj": hidden,
+        "gate_proj": ffn,
+        "up_proj": ffn,
+        "down_proj": hidden,
+    }
     columns = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads, "gate_proj": hidden, "up_proj": hidden,
                "down_proj": ffn}  # fmt: skip
     source = small.state_dict()
@@ -49,6 +57,8 @@ def grow(small: nn.Module, large: nn.Module, *, noise: float = 0.02, seed: int =
             if weight.dim() == 2:
                 wide = wide[:, columns[module][0]] * columns[module][1]
                 wide = wide + noise * wide.std() * torch.randn(wide.shape, generator=generator)
-            parameter.copy_(torch.zeros_like(wide) if new_layer and module in ("o_proj", "down_proj") else wide)
+            parameter.copy_(
+                torch.zeros_like(wide) if new_layer and module in ("o_proj", "down_proj") else wide
+            )
     large.model.norm.weight.copy_((source["model.norm.weight"][hidden[0]]) * hidden[1])
     large.model.embed_tokens.weight.copy_(source["model.embed_tokens.weight"][:, hidden[0]])

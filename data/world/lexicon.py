@@ -45,7 +45,9 @@ CATEGORIES: dict[str, list[str]] = {
     "metal": "iron copper silver gold tin lead zinc nickel".split(),
 }  # fmt: skip
 CATEGORY_OF = {word: name for name, words in CATEGORIES.items() for word in words}
-THINGS = [w for c in ("fruit", "tool", "instrument", "furniture", "clothing", "flower") for w in CATEGORIES[c]]
+THINGS = [
+    w for c in ("fruit", "tool", "instrument", "furniture", "clothing", "flower") for w in CATEGORIES[c]
+]
 THINGS += "book letter map coin ring key clock candle basket bottle box bag cup plate kettle vase picture stamp pen doll kite ball".split()
 ANIMALS = CATEGORIES["animal"]
 
@@ -58,7 +60,9 @@ HOBBIES = """singing swimming reading fishing hiking dancing sewing cycling pain
 gardening climbing carving weaving sketching sailing""".split()
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-REGIONS = "the northern hills,the southern coast,the eastern plain,the western valley,the lake country,the high moor".split(",")
+REGIONS = "the northern hills,the southern coast,the eastern plain,the western valley,the lake country,the high moor".split(
+    ","
+)
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 
@@ -81,9 +85,18 @@ PLURALS = {w: w + "s" for w in THINGS + ANIMALS} | {
 }  # fmt: skip
 
 # Short made-up label words: few-shot blocks give them a fresh meaning in every block, so no meaning can be memorised.
-_LABEL_PARTS = ("b d f g k l m n p r s t v z".split(), "a e i o u".split(), "b d g k l m n p r s t x z".split())
+_LABEL_PARTS = (
+    "b d f g k l m n p r s t v z".split(),
+    "a e i o u".split(),
+    "b d g k l m n p r s t x z".split(),
+)
 LABEL_WORDS = [a + b + c for a in _LABEL_PARTS[0] for b in _LABEL_PARTS[1] for c in _LABEL_PARTS[2]]
-LABEL_WORDS += LETTERS + COLOURS + NUMBERS + "yes no true false left right up down north south alpha beta gamma delta".split()
+LABEL_WORDS += (
+    LETTERS
+    + COLOURS
+    + NUMBERS
+    + "yes no true false left right up down north south alpha beta gamma delta".split()
+)
 
 
 def article(word: str) -> str:

@@ -12,13 +12,12 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean
 
-import torch
 from torch import nn
 
 import pefttutor as pt
 from pefttutor import data, models
 
-from . import corpus, tasks
+from . import tasks
 from .pretrain import RECIPES, held_out_loss
 
 HERE = Path(__file__).parents[1]
@@ -27,7 +26,15 @@ CAUSAL = ("campus-nano", "campus-small", "campus-base")
 TUNED, SEEDS = "campus-small", (0, 1, 2)
 LIMIT = 200  # test examples for the in-context rows; the tuned rows use the whole test split
 BUDGET = dict(examples=1000, epochs=2, batch_size=16)
-EPOCHS = {"entailment": 4, "paraphrase": 4, "question": 3, "bank_sql": 4, "sorting": 4, "memory": 25, "clinic": 3}  # slower to learn
+EPOCHS = {
+    "entailment": 4,
+    "paraphrase": 4,
+    "question": 3,
+    "bank_sql": 4,
+    "sorting": 4,
+    "memory": 25,
+    "clinic": 3,
+}  # slower to learn
 PROBE_LR, FULL_LR = 5e-3, 1e-3
 
 
@@ -80,9 +87,20 @@ def tuned(task: tasks.Task, seed: int, *, probe: bool) -> dict[str, float]:
     if probe:
         _head_only(model)
     start = time.perf_counter()
-    pt.fit(model, train, epochs=EPOCHS.get(task.name, BUDGET["epochs"]), batch_size=BUDGET["batch_size"], lr=PROBE_LR if probe else FULL_LR, seed=seed, progress=False)
+    pt.fit(
+        model,
+        train,
+        epochs=EPOCHS.get(task.name, BUDGET["epochs"]),
+        batch_size=BUDGET["batch_size"],
+        lr=PROBE_LR if probe else FULL_LR,
+        seed=seed,
+        progress=False,
+    )
     seconds = time.perf_counter() - start
-    return {"score": data.score(model, tokenizer, splits["test"], data.info(task.name)), "train_s": round(seconds, 1)}
+    return {
+        "score": data.score(model, tokenizer, splits["test"], data.info(task.name)),
+        "train_s": round(seconds, 1),
+    }
 
 
 def perplexity(model_name: str, name: str) -> float:
@@ -98,8 +116,16 @@ def _keys() -> list[str]:
     keys = [f"chance/{t}//0" for t in scored] + [f"held_out//{m}/0" for m in RECIPES if m != "campus-seed"]
     keys += [f"{what}/{t}/{TUNED}/{s}" for s in SEEDS for t in scored for what in ("full", "probe")]
     spoken = [t for t in scored if _task(t).kind != "tagging"]
-    keys += [f"shots{k}/{t}/{m}/{s}" for m in CAUSAL for s in SEEDS for t in spoken for k in ((0, 4) if s == 0 else (4,))]
-    return keys + [f"domain/{t.name}/{TUNED}/{s}" for t in tasks.ALL if t.metric == "perplexity" for s in SEEDS]
+    keys += [
+        f"shots{k}/{t}/{m}/{s}"
+        for m in CAUSAL
+        for s in SEEDS
+        for t in spoken
+        for k in ((0, 4) if s == 0 else (4,))
+    ]
+    return keys + [
+        f"domain/{t.name}/{TUNED}/{s}" for t in tasks.ALL if t.metric == "perplexity" for s in SEEDS
+    ]
 
 
 def compute(key: str) -> object:
@@ -151,7 +177,11 @@ def stored() -> dict[str, object]:
 
 def _mean_spread(values: list[float]) -> str:
     """`83 ± 2`: mean and half the range, in percent."""
-    return f"{100 * mean(values):.0f} ± {50 * (max(values) - min(values)):.0f}" if len(values) > 1 else f"{100 * values[0]:.0f}"
+    return (
+        f"{100 * mean(values):.0f} ± {50 * (max(values) - min(values)):.0f}"
+        if len(values) > 1
+        else f"{100 * values[0]:.0f}"
+    )
 
 
 def table() -> str:
@@ -177,11 +207,19 @@ def table() -> str:
     for name in (n for n in RECIPES if n != "campus-seed"):
         if (loss := found.get(f"held_out//{name}/0")) is not None:
             kind = " (of masked tokens)" if RECIPES[name].encoder else ""
-            lines.append(f"| {name} | {sum(p.numel() for p in models.load(name)[0].parameters()):,} | {math.exp(loss):.3f}{kind} |")
-    lines += ["", f"| domain never read | perplexity of {TUNED} | after one pass over 500 texts |", "|---|---|---|"]
+            lines.append(
+                f"| {name} | {sum(p.numel() for p in models.load(name)[0].parameters()):,} | {math.exp(loss):.3f}{kind} |"
+            )
+    lines += [
+        "",
+        f"| domain never read | perplexity of {TUNED} | after one pass over 500 texts |",
+        "|---|---|---|",
+    ]
     for task in tasks.ALL:
         pairs = [v for s in SEEDS if (v := found.get(f"domain/{task.name}/{TUNED}/{s}"))]
         if pairs:
             after = [p["after"] for p in pairs]
-            lines.append(f"| {task.name} | {pairs[0]['before']:.1f} | {mean(after):.2f} ± {(max(after) - min(after)) / 2:.2f} |")
+            lines.append(
+                f"| {task.name} | {pairs[0]['before']:.1f} | {mean(after):.2f} ± {(max(after) - min(after)) / 2:.2f} |"
+            )
     return "\n".join(lines) + "\n"

@@ -14,7 +14,9 @@ from .facts import Person, people, towns, two_people
 ASPECTS = """soup bread room bed service music wine cake coffee view garden waiter breakfast dinner price guide
 tour show play song story ending bath window table staff cook menu boat train""".split()
 GOOD = "good nice pleasant fine kind neat tasty friendly warm fair cosy decent lovely".split()
-GREAT = "superb wonderful excellent perfect brilliant splendid delightful outstanding marvellous glorious".split()
+GREAT = (
+    "superb wonderful excellent perfect brilliant splendid delightful outstanding marvellous glorious".split()
+)
 BAD = "bad dull poor plain slow cold weak noisy stale rude shabby bland dreary".split()
 AWFUL = "awful terrible horrible dreadful disgusting ghastly hopeless miserable atrocious appalling".split()
 FLAT = "ordinary average usual passable middling unremarkable".split()
@@ -62,7 +64,11 @@ def review(rng: random.Random, grade: int) -> str:
     """A review worth 1…5 stars: a statement alone, a contrast (the clause after `but` decides), or another's opinion refused."""
     value, (a, b) = grade - 3, rng.sample(ASPECTS, 2)
     other = rng.choice([v for v in (-2, -1, 1, 2) if v * value <= 0 and v != value])
-    kind = rng.choice(("plain", "contrast", "although", "opinion")) if value else rng.choice(("plain", "balance"))
+    kind = (
+        rng.choice(("plain", "contrast", "although", "opinion"))
+        if value
+        else rng.choice(("plain", "balance"))
+    )
     if kind == "plain":
         core = statement(rng, value, a)
     elif kind == "contrast":
@@ -82,7 +88,13 @@ def review_document(rng: random.Random) -> str:
     """A review in its setting, followed by what the guest did next."""
     grade, town = rng.randint(1, 5), rng.choice(towns())
     act = rng.choice(ACTS[grade])
-    lead = rng.choice((f"We visited the {rng.choice(PLACES)} in {town.name}. ", f"A word about the {rng.choice(PLACES)}. ", ""))
+    lead = rng.choice(
+        (
+            f"We visited the {rng.choice(PLACES)} in {town.name}. ",
+            f"A word about the {rng.choice(PLACES)}. ",
+            "",
+        )
+    )
     text = f"{lead}{review(rng, grade)}"
     return f"{text} {act[0].upper() + act[1:]}." if rng.random() < 0.9 else text
 
@@ -108,7 +120,14 @@ _NEWS = {
                "Tickets to {town2} cost {n} coins", "Passengers waited at the {site}", "Visitors arrived by {veh}",
                "The timetable changes on {day}", "The inn was full of travellers from {town2}"),
 }  # fmt: skip
-_PAGES = {"trade": "money", "weather": "sky", "food": "kitchen", "sport": "game", "music": "stage", "travel": "road"}
+_PAGES = {
+    "trade": "money",
+    "weather": "sky",
+    "food": "kitchen",
+    "sport": "game",
+    "music": "stage",
+    "travel": "road",
+}
 
 
 def _fill(rng: random.Random, template: str) -> str:
@@ -135,7 +154,9 @@ def news(rng: random.Random, topic: str, *, sentences: int = 1) -> str:
 def news_document(rng: random.Random) -> str:
     """A news item and the page it went to."""
     topic = rng.choice(TOPICS)
-    return f"{news(rng, topic, sentences=rng.choice((1, 2, 3)))} This was printed on the {_PAGES[topic]} page."
+    return (
+        f"{news(rng, topic, sentences=rng.choice((1, 2, 3)))} This was printed on the {_PAGES[topic]} page."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- stories
@@ -173,7 +194,14 @@ def story(rng: random.Random) -> str:
         if t in holder:
             taker = b if holder[t] == a.first else a
             if rng.random() < 0.5:
-                lines.append(rng.choice((f"{holder[t]} gave the {t} to {taker.first}.", f"{taker.first} took the {t} from {holder[t]}.")))
+                lines.append(
+                    rng.choice(
+                        (
+                            f"{holder[t]} gave the {t} to {taker.first}.",
+                            f"{taker.first} took the {t} from {holder[t]}.",
+                        )
+                    )
+                )
                 holder[t] = taker.first
             else:
                 where[t] = rng.choice(lx.ROOMS)
@@ -183,7 +211,11 @@ def story(rng: random.Random) -> str:
             lines.append(f"{who.first} {rng.choice(('picked up', 'found', 'fetched'))} the {t}.")
             holder[t] = who.first
     for t in rng.sample(things, rng.randint(1, 2)):
-        lines.append(f"At the end {holder[t]} had the {t}." if t in holder else f"At the end the {t} was in the {where[t]}.")
+        lines.append(
+            f"At the end {holder[t]} had the {t}."
+            if t in holder
+            else f"At the end the {t} was in the {where[t]}."
+        )
     return " ".join(lines)
 
 
@@ -202,9 +234,17 @@ _MESSAGES = (
 def both_registers(rng: random.Random) -> tuple[str, str]:
     """One message said formally and casually: the same content, phrase by phrase in another register."""
     template, pairs = rng.choice(_MESSAGES)
-    fields = dict(who=rng.choice(lx.FIRST_NAMES), t=rng.choice(lx.THINGS), c=rng.choice(lx.COLOURS), d=rng.choice(lx.WEEKDAYS), n=rng.randint(2, 90))
+    fields = dict(
+        who=rng.choice(lx.FIRST_NAMES),
+        t=rng.choice(lx.THINGS),
+        c=rng.choice(lx.COLOURS),
+        d=rng.choice(lx.WEEKDAYS),
+        n=rng.randint(2, 90),
+    )
     pairs = (("Good evening", "Hey"), *pairs, ("Yours sincerely", "Cheers"))
-    return template.format(*(p[0] for p in pairs), **fields), template.format(*(p[1] for p in pairs), **fields)
+    return template.format(*(p[0] for p in pairs), **fields), template.format(
+        *(p[1] for p in pairs), **fields
+    )
 
 
 def letter(rng: random.Random) -> str:

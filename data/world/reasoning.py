@@ -7,7 +7,13 @@ from . import lexicon as lx
 from .facts import people, towns, two_people
 
 # ------------------------------------------------------------------------------------------------------------ events
-_VERBS = (("gave", "was given"), ("sold", "was sold"), ("sent", "was sent"), ("lent", "was lent"), ("showed", "was shown"))
+_VERBS = (
+    ("gave", "was given"),
+    ("sold", "was sold"),
+    ("sent", "was sent"),
+    ("lent", "was lent"),
+    ("showed", "was shown"),
+)
 _TRANSFERS = (*_VERBS[:4], ("handed", "was handed"))  # what is shown is not had: the tasks leave it out
 
 
@@ -33,13 +39,23 @@ class Event:
         return f"at the {self.site} {self.taker} {self.passive} {lx.article(self.adjective)} {self.noun} by {self.giver}"
 
     def received(self) -> str:
-        return f"{self.taker} got {lx.article(self.adjective)} {self.noun} from {self.giver} at the {self.site}"
+        return (
+            f"{self.taker} got {lx.article(self.adjective)} {self.noun} from {self.giver} at the {self.site}"
+        )
 
 
 def event(rng: random.Random, verbs: tuple[tuple[str, str], ...] = _VERBS) -> Event:
     a, b = two_people(rng)
     verb, passive = rng.choice(verbs)
-    return Event(a.first, b.first, rng.choice(lx.COLOURS + lx.MATERIALS), rng.choice(lx.THINGS), verb, passive, rng.choice(lx.SITES))
+    return Event(
+        a.first,
+        b.first,
+        rng.choice(lx.COLOURS + lx.MATERIALS),
+        rng.choice(lx.THINGS),
+        verb,
+        passive,
+        rng.choice(lx.SITES),
+    )
 
 
 def _say(rng: random.Random, e: Event) -> str:

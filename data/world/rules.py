@@ -106,7 +106,9 @@ OPERATIONS: dict[str, Rule] = {
 CLASSIFICATIONS: dict[str, Rule] = {
     "topic": _classes(lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS)),
     "sentiment": _classes(lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2),
-    "adjective": _classes(lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2),
+    "adjective": _classes(
+        lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2
+    ),
     "kind": _classes(_category, len(lx.CATEGORIES)),
     "register": _classes(_sides, 2),
     "parity": _classes(lambda rng, i: str(2 * rng.randint(0, 49) + i), 2),

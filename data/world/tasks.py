@@ -59,7 +59,9 @@ STAY = ("home", "ward")
 
 def _sentiment(rng: random.Random, split: str) -> Example:
     label = rng.randrange(2)
-    return _classified(prose.review(rng, rng.choice(((1, 2), (4, 5))[label])), label, POLARITY, "Review: {text}\nVerdict:")
+    return _classified(
+        prose.review(rng, rng.choice(((1, 2), (4, 5))[label])), label, POLARITY, "Review: {text}\nVerdict:"
+    )
 
 
 def _stars(rng: random.Random, split: str) -> Example:
@@ -118,12 +120,24 @@ def _sorting(rng: random.Random, split: str) -> Example:
     return _generated(f"Count {words[0]} among {', '.join(xs)}\nArranged:", lx.NUMBERS[xs.count(words[0])])
 
 
-_CODES = [" ".join(p) for p in zip(random.Random(5).choices(lx.COLOURS, k=160), random.Random(6).choices(lx.ANIMALS, k=160), strict=True)]
-_ASK = ("The password of {n} is", "To enter, {n} says", "What {n} whispers at the gate:", "{n} gives the guard the words")
+_CODES = [
+    " ".join(p)
+    for p in zip(
+        random.Random(5).choices(lx.COLOURS, k=160), random.Random(6).choices(lx.ANIMALS, k=160), strict=True
+    )
+]
+_ASK = (
+    "The password of {n} is",
+    "To enter, {n} says",
+    "What {n} whispers at the gate:",
+    "{n} gives the guard the words",
+)
 
 
 def _memory(rng: random.Random, split: str) -> Example:
-    i = rng.randrange(160)  # each key is asked in three of the four ways in training, in the fourth only in the other splits
+    i = rng.randrange(
+        160
+    )  # each key is asked in three of the four ways in training, in the fourth only in the other splits
     held_out = i % 4
     how = held_out if split != "train" else rng.choice([j for j in range(4) if j != held_out])
     return _generated(_ASK[how].format(n=people()[i].name), _CODES[i])
@@ -141,34 +155,66 @@ def _kind(*phrasings: str) -> Callable[[Callable[[random.Random], tuple[str, str
     return add
 
 
-@_kind("Say the last word of", "Give me the last word of", "What is the last word of", "Tell me the last word of", "Name the last word of")
+@_kind(
+    "Say the last word of",
+    "Give me the last word of",
+    "What is the last word of",
+    "Tell me the last word of",
+    "Name the last word of",
+)
 def _last(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(lx.THINGS, rng.randint(3, 4))
     return " ".join(words), words[-1]
 
 
-@_kind("Say the first word of", "Give me the first word of", "What is the first word of", "Tell me the first word of", "Name the first word of")
+@_kind(
+    "Say the first word of",
+    "Give me the first word of",
+    "What is the first word of",
+    "Tell me the first word of",
+    "Name the first word of",
+)
 def _first(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(lx.THINGS, rng.randint(3, 4))
     return " ".join(words), words[0]
 
 
-@_kind("Say the opposite of", "Give me the opposite of", "What is the opposite of", "Tell me the opposite of", "Name the opposite of")
+@_kind(
+    "Say the opposite of",
+    "Give me the opposite of",
+    "What is the opposite of",
+    "Tell me the opposite of",
+    "Name the opposite of",
+)
 def _opposite(rng: random.Random) -> tuple[str, str]:
     return rng.choice(lx.OPPOSITES[:40])
 
 
-@_kind("Say the plural of", "Give me the plural of", "What is the plural of", "Tell me the plural of", "Name the plural of")
+@_kind(
+    "Say the plural of",
+    "Give me the plural of",
+    "What is the plural of",
+    "Tell me the plural of",
+    "Name the plural of",
+)
 def _plural(rng: random.Random) -> tuple[str, str]:
     return rng.choice(sorted(lx.PLURALS.items()))
 
 
-@_kind("Say the kind of", "Give me the kind of", "What is the kind of", "Tell me the kind of", "Name the kind of")
+@_kind(
+    "Say the kind of", "Give me the kind of", "What is the kind of", "Tell me the kind of", "Name the kind of"
+)
 def _category(rng: random.Random) -> tuple[str, str]:
     return rng.choice(sorted(lx.CATEGORY_OF.items()))
 
 
-@_kind("Say the largest of", "Give me the largest of", "What is the largest of", "Tell me the largest of", "Name the largest of")
+@_kind(
+    "Say the largest of",
+    "Give me the largest of",
+    "What is the largest of",
+    "Tell me the largest of",
+    "Name the largest of",
+)
 def _largest(rng: random.Random) -> tuple[str, str]:
     xs = rng.sample(range(10, 100), 3)
     return " ".join(map(str, xs)), str(max(xs))
@@ -181,7 +227,9 @@ def _count(rng: random.Random) -> tuple[str, str]:
     return " ".join(words), lx.NUMBERS[n]
 
 
-@_kind("Say backwards", "Give me in reverse", "What is the reverse of", "Tell me in reverse", "Name in reverse")
+@_kind(
+    "Say backwards", "Give me in reverse", "What is the reverse of", "Tell me in reverse", "Name in reverse"
+)
 def _backwards(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(lx.THINGS, rng.randint(2, 3))
     return " ".join(words), " ".join(reversed(words))
@@ -193,7 +241,13 @@ def _twice(rng: random.Random) -> tuple[str, str]:
     return word, f"{word} {word}"
 
 
-@_kind("Say the animal in", "Give me the animal in", "What is the animal in", "Tell me the animal in", "Name the animal in")
+@_kind(
+    "Say the animal in",
+    "Give me the animal in",
+    "What is the animal in",
+    "Tell me the animal in",
+    "Name the animal in",
+)
 def _animal(rng: random.Random) -> tuple[str, str]:
     words = [*rng.sample(lx.THINGS, 2), rng.choice(lx.ANIMALS)]
     rng.shuffle(words)
@@ -279,7 +333,9 @@ def features(task: Task) -> datasets.Features | None:
         return None
     columns = {"text": value("string"), "label": datasets.ClassLabel(names=list(task.labels or ())), "prompt": value("string"),
                "answer": value("string")}  # fmt: skip
-    extra = {"age": value("int64"), "pulse": value("int64")} | {k: value("string") for k in ("fever", "rash", "known", "town")}
+    extra = {"age": value("int64"), "pulse": value("int64")} | {
+        k: value("string") for k in ("fever", "rash", "known", "town")
+    }
     return datasets.Features(columns | (extra if task.name == "clinic" else {}))
 
 
@@ -292,7 +348,9 @@ def write(task: Task, root: Path = TASKS) -> str:
         datasets.Dataset.from_list(examples, features=features(task)).to_parquet(folder / f"{split}.parquet")
     about = {"name": task.name, "kind": task.kind, "labels": task.labels, "metric": task.metric, "description": task.description,
              "ceiling": task.ceiling, "seed": task.seed, "fingerprint": fingerprint(splits)}  # fmt: skip
-    (folder / "task.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "task.json").write_text(
+        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (folder / "subsets.json").write_text(json.dumps(subsets(task)) + "\n", encoding="utf-8")
     if task.metric == "execution_accuracy":
         (folder / "bank.sql").write_text(domains.bank_script(random.Random(2000)), encoding="utf-8")
@@ -303,4 +361,7 @@ def read(task: Task, root: Path = TASKS) -> dict[str, list[Example]]:
     """The examples of one task's parquet files, as `draw_splits` gives them."""
     from pyarrow import parquet
 
-    return {split: parquet.read_table(root / task.name / f"{split}.parquet").to_pylist() for split in ("train", "validation", "test")}
+    return {
+        split: parquet.read_table(root / task.name / f"{split}.parquet").to_pylist()
+        for split in ("train", "validation", "test")
+    }

@@ -29,7 +29,11 @@ def stems() -> dict[str, dict[str, tuple[str, ...]]]:
     for i, topic in enumerate(TOPICS):
         nouns, verbs = seen[i * 30 : i * 30 + 20], seen[i * 30 + 14 : i * 30 + 26]  # six stems serve as both
         out[topic] = {"noun": tuple(nouns), "verb": tuple(verbs)}
-    out[""] = {"adjective": tuple(seen[130:160]), "adverb": tuple(seen[160:176]), "noun": tuple(seen[176:200])}
+    out[""] = {
+        "adjective": tuple(seen[130:160]),
+        "adverb": tuple(seen[160:176]),
+        "noun": tuple(seen[176:200]),
+    }
     return out
 
 
@@ -56,7 +60,10 @@ def sentence(rng: random.Random, topic: str) -> tuple[list[str], list[str]]:
     if rng.random() < 0.4:
         add(rng.choice(stems()[""]["adverb"]) + "ilm", "ADVERB")
     past = rng.random() < 0.5
-    add(rng.choice(stems()[topic]["verb"]) + ("esh" if past else "orr"), "VERB-PAST" if past else "VERB-PRESENT")
+    add(
+        rng.choice(stems()[topic]["verb"]) + ("esh" if past else "orr"),
+        "VERB-PAST" if past else "VERB-PRESENT",
+    )
     return words, tags
 
 

@@ -11,7 +11,11 @@ BY_NAME = {t.name: t for t in tasks.ALL}
 
 def test_there_are_at_least_twelve_scored_tasks_and_three_corpora():
     assert sum(t.metric != "perplexity" for t in tasks.ALL) >= 12
-    assert {t.name for t in tasks.ALL if t.metric == "perplexity"} == {"bank_text", "clinic_text", "velan_text"}
+    assert {t.name for t in tasks.ALL if t.metric == "perplexity"} == {
+        "bank_text",
+        "clinic_text",
+        "velan_text",
+    }
     assert len(set(NAMES)) == len(NAMES) == len({t.seed for t in tasks.ALL})
 
 
@@ -29,13 +33,23 @@ def test_splits_share_no_example(name):
     stored = tasks.read(BY_NAME[name])
     keys = {split: {json.dumps(row, sort_keys=True) for row in rows} for split, rows in stored.items()}
     assert [len(stored[s]) for s in ("train", "validation", "test")] == list(BY_NAME[name].sizes)
-    assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"] and not keys["validation"] & keys["test"]
+    assert (
+        not keys["train"] & keys["test"]
+    )
+    assert (
+        not keys["train"] & keys["validation"]
+    )
+    assert (
+        not keys["validation"] & keys["test"]
+    )
 
 
 def test_small_versions_are_nested():
     for task in tasks.ALL:
         s = tasks.subsets(task)
-        assert s["64"][:16] == s["16"] and s["256"][:64] == s["64"] and len(set(s["256"])) == 256
+        assert s["64"][:16] == s["16"]
+        assert s["256"][:64] == s["64"]
+        assert len(set(s["256"])) == 256
 
 
 def test_instructions_of_the_test_are_phrased_as_never_in_training():

@@ -91,9 +91,11 @@ def _polarity(clause: str) -> int:
     words = re.findall(r"\w+", clause)
     good = any(w in prose.GOOD + prose.GREAT for w in words)
     bad = any(w in prose.BAD + prose.AWFUL for w in words)
-    if good and bad or not (good or bad):
+    if (good and bad) or not (good or bad):
         return 0
-    turned = any(w in ("not", "never", "anything") for w in words) and "could not have been more" not in clause
+    turned = (
+        any(w in ("not", "never", "anything") for w in words) and "could not have been more" not in clause
+    )
     return (1 if good else -1) * (-1 if turned else 1)
 
 
@@ -147,10 +149,14 @@ def test_few_shot_blocks_follow_one_rule_with_label_words_of_their_own():
     rng = random.Random(10)
     draw = rules.CLASSIFICATIONS["parity"](rng)
     pairs = {(int(x) % 2, y) for x, y in (draw(rng) for _ in range(60))}
-    assert len(pairs) == 2 and len({y for _, y in pairs}) == 2
+    assert len(pairs) == 2
+    assert len({y for _, y in pairs}) == 2
     labels = {y for _ in range(40) for _, y in [rules.CLASSIFICATIONS["parity"](rng)(rng)]}
     assert len(labels) > 20
-    for name, expected in {"sort": lambda x: " ".join(sorted(x.split())), "last": lambda x: x.split()[-1]}.items():
+    for name, expected in {
+        "sort": lambda x: " ".join(sorted(x.split())),
+        "last": lambda x: x.split()[-1],
+    }.items():
         draw = rules.OPERATIONS[name](rng)
         assert all(expected(x) == y for x, y in (draw(rng) for _ in range(50)))
 
