@@ -1,5 +1,6 @@
 """`score`: one number a task, for models with a head and for models that answer in words."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pefttutor.encoding import answer_ids, collate, encode, predicts_next, promp
 from pefttutor.evaluation import evaluate
 from pefttutor.sql import same_result
 
-METRICS = ("accuracy", "exact_match", "execution_accuracy", "token_accuracy")
+METRICS = ("accuracy", "exact_match", "execution_accuracy", "token_accuracy", "perplexity")
 
 
 def score(
@@ -33,6 +34,7 @@ def score(
         answer is one line, only the first line of the model's counts.
     execution_accuracy: both queries return the same rows from the task's database (see `pefttutor.sql`).
     token_accuracy: by the head of a tagging model.
+    perplexity: exp of the mean loss a token, which is no share: smaller is better, and 1 is the best.
 
     limit: only the first rows. max_new_tokens: None allows what the longest answer of the split takes.
     The model's mode is kept, and no random number is drawn.
@@ -65,6 +67,9 @@ def score(
             raise ValueError(
                 f"{type(model).__name__} can't answer in words; expected a causal language model"
             )
+        if info.metric == "perplexity":
+            examples = encode(rows, tokenizer, kind="generation", max_length=max_length)
+            return math.exp(evaluate(model, examples, batch_size=batch_size)["loss"])
         if info.metric == "accuracy":
             return _label_words(model, tokenizer, rows, info, batch_size, max_length)
         answers = generate(

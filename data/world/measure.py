@@ -103,13 +103,6 @@ def tuned(task: tasks.Task, seed: int, *, probe: bool) -> dict[str, float]:
     }
 
 
-def perplexity(model_name: str, name: str) -> float:
-    """exp of the mean loss a token on a corpus's test split."""
-    model, tokenizer = models.load(model_name)
-    examples = data.encode(data.load(name)["test"], tokenizer, kind="lm")
-    return math.exp(pt.evaluate(model, examples)["loss"])
-
-
 def _keys() -> list[str]:
     """Everything that the table needs, as `what/task/model/seed`, quick rows first."""
     scored = [t.name for t in tasks.ALL if t.metric != "perplexity"]
@@ -137,8 +130,7 @@ def compute(key: str) -> object:
     if what.startswith("shots"):
         return in_context(model, _task(name), int(what[5:]), int(seed))
     if what == "domain":
-        before = perplexity(TUNED, name)
-        return {"before": before} | {"after": _adapted_perplexity(name, int(seed))}
+        return _domain(name, int(seed))
     return tuned(_task(name), int(seed), probe=what == "probe")
 
 
@@ -149,12 +141,14 @@ def _held_out(name: str) -> float:
     return held_out_loss(model, Tokenizer.from_file(str(HERE / "models" / "tokenizer.json")), RECIPES[name])
 
 
-def _adapted_perplexity(name: str, seed: int) -> float:
+def _domain(name: str, seed: int) -> dict[str, float]:
+    """Perplexity on a domain's test split before and after one pass over 500 of its texts."""
     model, tokenizer = models.load(TUNED)
     splits = data.load(name)
+    before = data.score(model, tokenizer, splits["test"], data.info(name))
     train = data.encode(splits["train"].select(range(500)), tokenizer, kind="lm")
     pt.fit(model, train, epochs=1, batch_size=8, lr=FULL_LR, seed=seed, progress=False)
-    return math.exp(pt.evaluate(model, data.encode(splits["test"], tokenizer, kind="lm"))["loss"])
+    return {"before": before, "after": data.score(model, tokenizer, splits["test"], data.info(name))}
 
 
 def run(only: str = "", *, part: int = 0, parts: int = 1) -> None:
