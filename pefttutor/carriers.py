@@ -55,9 +55,12 @@ def root() -> Path:
 
 
 def embedded_names(kind: str) -> list[str]:
-    """What is embedded: the folders under `models` or `tasks`."""
+    """What is embedded: the folders under `models` or `tasks`, and those that their SHA256SUMS lists."""
     folder = root() / kind
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    if (folder / "SHA256SUMS").is_file():  # lists what should be here, also when a folder is lost
+        found |= {line.split()[1].partition("/")[0] for line in (folder / "SHA256SUMS").open() if "/" in line}
+    return sorted(found)
 
 
 def not_found(name: str, kind: str, carriers: dict[str, Carrier], reason: str = "") -> FileNotFoundError:
@@ -75,7 +78,8 @@ def not_found(name: str, kind: str, carriers: dict[str, Carrier], reason: str = 
     files = "config.json and model.safetensors" if kind == "models" else "train.parquet, test.parquet"
     lines.append(f"- the path of a folder with {files}")
     offline = " (switched off now by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    lines.append(f"- the id of a {kind[:-1]} on the Hugging Face hub, owner/name; needs a network{offline}")
+    what = "model" if kind == "models" else "data set"
+    lines.append(f"- the id of a {what} on the Hugging Face hub, owner/name; needs a network{offline}")
     return FileNotFoundError("\n".join(lines))
 
 

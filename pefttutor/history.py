@@ -51,15 +51,14 @@ class History:
         figure: Any = Figure(figsize=(7, 2.8), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2)
         left.plot(self.steps, self.loss, color=BLUE, linewidth=1, label="training")
-        at = [entry["step"] for entry in self.validation]
+        at, losses = self._validated("loss")
         if at:
-            left.plot(
-                at, [entry["loss"] for entry in self.validation], "o-", color=VERMILLION, label="validation"
-            )
+            left.plot(at, losses, "o-", color=VERMILLION, label="validation")
             left.legend(frameon=False)
         left.set(xlabel="step", ylabel="loss (nats)")
-        if at and "accuracy" in self.validation[0]:
-            right.plot(at, [100 * entry["accuracy"] for entry in self.validation], "o-", color=GREEN)
+        at, accuracies = self._validated("accuracy")
+        if at:
+            right.plot(at, [100 * accuracy for accuracy in accuracies], "o-", color=GREEN)
             right.set(xlabel="step", ylabel="validation accuracy (%)")
         else:
             right.plot(self.steps, self.lr, color=GREEN)
@@ -67,11 +66,16 @@ class History:
         figure.alt = self._alt()
         return figure
 
+    def _validated(self, name: str) -> tuple[list[float], list[float]]:
+        """At which steps a number was measured, and what it was."""
+        entries = [entry for entry in self.validation if name in entry]
+        return [entry["step"] for entry in entries], [entry[name] for entry in entries]
+
     def _alt(self) -> str:
         text = f"Training loss over {len(self.steps)} steps, from {self.loss[0]:.3g} to {self.loss[-1]:.3g}"
-        if self.validation:
-            last = self.validation[-1]
-            text += f"; validation loss {last['loss']:.3g} at the end"
-            if "accuracy" in last:
-                text += f", validation accuracy {100 * last['accuracy']:.0f} %"
+        losses, accuracies = self._validated("loss")[1], self._validated("accuracy")[1]
+        if losses:
+            text += f"; validation loss {losses[-1]:.3g} at the end"
+        if accuracies:
+            text += f", validation accuracy {100 * accuracies[-1]:.0f} %"
         return text + "."

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 # pytest sets PYTEST_VERSION, and the kernels that nbval starts inherit it; CI is set by every CI service.
-_MACHINES = ("CI", "PYTEST_VERSION", "PYTEST_CURRENT_TEST")
+_MACHINES = ("CI", "PYTEST_VERSION")
 # Set for kernels by Jupyter's server (Lab, Notebook), VS Code and Colab; nbclient and nbconvert set none.
 _PEOPLE = ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
 

@@ -191,13 +191,13 @@ def _gradient(model: Any, method: Any, batches: list[Batch], loss: Loss | None, 
     """Add up the gradient of the mean over all batches' labels, and the penalty's; returns that mean."""
     device = next(model.parameters()).device
     counts = [count_targets(batch, shifted=predicts_next(model)) for batch in batches]
-    total = torch.zeros((), device=device)
+    parts = []
     for batch, count in zip(batches, counts, strict=True):
         batch = {key: value.to(device) for key, value in batch.items()}
         part = (loss(model, batch) if loss else model(**batch).loss) * (count / sum(counts))
         part.backward()
-        total += part.detach()
-    if not math.isfinite(value := total.item()):
+        parts.append(part.detach())
+    if not math.isfinite(value := torch.stack(parts).sum().item()):
         raise FloatingPointError(
             f"the loss is {value} at step {step + 1}; the weights are those after step {step}. "
             "Try a smaller lr, a longer warmup or a smaller max_grad_norm, or float32 instead of float16."
