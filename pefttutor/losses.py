@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pefttutor.kernels.cross_entropy import linear_cross_entropy
+from pefttutor.kernels.recompute import recompute_activations
 
 __all__ = ["causal_lm_loss"]
 
@@ -19,6 +20,10 @@ _CHANGES_LOGITS = (
     "output_router_logits",
 )
 
+_CHUNK = (
+    64  # tokens whose logits live at once; beside a whole step, reading the head more often costs nothing
+)
+
 
 def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss of `model(**batch).loss`, without the logits: `fit(model, train, loss=causal_lm_loss)`.
@@ -26,7 +31,8 @@ def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     loss = mean over t of −log softmax(hₜ Wᵀ + b)[label(t + 1)], labels of −100 left out
 
     The result and the gradients are the model's own; time and memory are lower, because the logits of a
-    large vocabulary are most of a small model's activations (`linear_cross_entropy`).
+    large vocabulary are most of a small model's activations (`linear_cross_entropy`), and because cheap
+    activations are made again rather than kept (`recompute_activations`).
 
     Shapes: batch["input_ids"] and batch["labels"] (batch, seq), and whatever else the model takes → ().
     Cost: as `linear_cross_entropy`, for the labelled tokens.
@@ -37,9 +43,10 @@ def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         raise ValueError(f"causal_lm_loss: the batch has {sorted(batch)}, expected 'labels' among them")
     body, head = _body_and_head(model)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    hidden = body(**inputs).last_hidden_state  # (batch, seq, d)
+    with recompute_activations():
+        hidden = body(**inputs).last_hidden_state  # (batch, seq, d)
     labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # the token at t predicts t + 1
-    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias)
+    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, chunk=_CHUNK)
 
 
 def _body_and_head(model: Any) -> tuple[Any, Any]:
