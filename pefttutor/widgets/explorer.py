@@ -6,7 +6,7 @@ import base64
 import html
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ipywidgets
@@ -76,15 +76,13 @@ class Explorer:
             raise ValueError(f"set: no control named {unknown}; the controls are {list(self.controls)}")
         before = self.values
         with self._unobserved():
-            for name, value in values.items():
-                try:
+            try:
+                for name, value in values.items():
+                    self._put(name, value)
+            except ValueError:
+                for name, value in before.items():
                     self.controls[name].value = value
-                except Exception:
-                    self._restore(before)
-                    raise ValueError(_refusal(name, value, self.controls[name])) from None
-                if self.controls[name].value != value:  # a slider moves to its nearest end without a word
-                    self._restore(before)
-                    raise ValueError(_refusal(name, value, self.controls[name]))
+                raise
         try:
             self._redraw()
         except Exception as error:
@@ -92,9 +90,13 @@ class Explorer:
             raise
         return self
 
-    def _restore(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            self.controls[name].value = value
+    def _put(self, name: str, value: Any) -> None:
+        control = self.controls[name]
+        # A wrong type is refused; of a number too large a slider makes its end, without a word.
+        with suppress(Exception):
+            control.value = value
+        if control.value != value:
+            raise ValueError(_refusal(name, value, control))
 
     @contextmanager
     def _unobserved(self) -> Iterator[None]:

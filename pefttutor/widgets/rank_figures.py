@@ -114,9 +114,9 @@ def draw_layer(
     keeps = f"rank {cut} of {n} keeps {100 * update.kept(cut):.0f} % of ‖ΔW‖²"
     alt = f"{name}: {keeps}. Effective rank {erank:.1f}, stable rank {srank:.1f}."
     if score_by_rank:
-        frozen, whole = score_by_rank[0], score_by_rank[max(score_by_rank)]
+        without, whole = score_by_rank[0], score_by_rank[max(score_by_rank)]
         alt += f" All layers at rank {k}: {score_name} {score_by_rank[k]:.3f}"
-        alt += f" (frozen {frozen:.3f}, all of ΔW {whole:.3f})."
+        alt += f" (without ΔW {without:.3f}, all of it {whole:.3f})."
     # Places by hand: laying out takes as long as drawing, and a slider waits for both.
     picture = Picture(9.6, 6.2, alt=alt, layout=None)
     upper = picture.add_gridspec(
@@ -132,8 +132,10 @@ def draw_layer(
     if score_by_rank:
         _draw_by_rank(curve, score_by_rank, k, ylabel=score_name)
         curve.set_title(f"All layers at rank {k}: {score_name} {score_by_rank[k]:.3f}")
-        curve.axhline(frozen, color=GREY, linestyle=":", linewidth=1)
-        curve.annotate("frozen", (1, frozen), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        curve.axhline(without, color=GREY, linestyle=":", linewidth=1)
+        curve.annotate(
+            "without ΔW", (1, without), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
     else:
         kept = {i: 100 * update.kept(i) for i in range(n + 1)}
         _draw_by_rank(curve, kept, cut, ylabel="share of ‖ΔW‖² kept (%)")

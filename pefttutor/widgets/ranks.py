@@ -61,7 +61,7 @@ class _Ranks:
 
         source, base, modules: see `pefttutor.widgets.spectrum.updates`. A snapshot: call again after more training.
         score: measures the model with all its ΔW truncated. It is called once for each rank that the slider comes to,
-            and at the start for rank 0 (the frozen model) and for the full rank; the model is put back bit by bit
+            and at the start for rank 0 (no ΔW) and for the full rank; the model is put back bit by bit
             afterwards, also after an exception.
         rank: where the slider starts.
 
