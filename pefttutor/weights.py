@@ -18,10 +18,8 @@ def verify(folder: Path) -> None:
     sums = folder.parent / "SHA256SUMS"
     if not sums.is_file():
         raise ValueError(f"{sums} is missing; restore it with `git checkout -- data/models/SHA256SUMS`")
-    expected = dict(
-        reversed(line.split(maxsplit=1)) for line in sums.read_text().splitlines() if line.strip()
-    )
-    listed = {name: digest for name, digest in expected.items() if Path(name).parts[0] == folder.name}
+    lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines() if line.strip()]
+    listed = {name: digest for digest, name in lines if Path(name).parts[0] == folder.name}
     if not listed:
         raise ValueError(f"{sums} lists no file of {folder.name}; restore it with {restore}")
     for name, digest in listed.items():
