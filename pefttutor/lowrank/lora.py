@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +58,8 @@ class LoRA:
             raise ValueError(f"lora_alpha is {self.lora_alpha!r}; it must be a number > 0 (usual: r or 2·r).")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; it must be a probability in [0, 1).")
+        if not isinstance(self.init_seed, int):
+            raise ValueError(f"init_seed is {self.init_seed!r}; it must be a whole number.")
         if not self.target_modules:
             raise ValueError(
                 "target_modules is empty; name at least one module, such as ('q_proj', 'v_proj')."
@@ -85,18 +88,22 @@ class LoRA:
         for name, layer in targets.items():
             self._check(name, layer, kinds[type(layer)], fully_trained)
 
-        base.freeze(model)
         generator = torch.Generator().manual_seed(self.init_seed)
-        for name, layer in targets.items():
-            new = kinds[type(layer)].adapt(
-                layer, r=self.r, scaling=self.scaling, lora_dropout=self.lora_dropout, generator=generator
-            )
-            base.replace_module(model, name, new)
+        settings: dict[str, Any] = {"r": self.r, "scaling": self.scaling, "lora_dropout": self.lora_dropout}
+        new = {
+            name: kinds[type(layer)].adapt(layer, generator=generator, **settings)
+            for name, layer in targets.items()
+        }  # all of them before the first replacement: this may run out of memory
+
+        base.freeze(model)
+        for name, layer in new.items():
+            base.replace_module(model, name, layer)
         buffers = []
         for name, module in fully_trained.items():
             for parameter in module.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-            buffers += [f"{name}.{key}" for key in module.state_dict() if key in dict(module.named_buffers())]
+            saved = module.state_dict()  # without the buffers that aren't persistent
+            buffers += [f"{name}.{key}" for key, _ in module.named_buffers() if key in saved]
         return base.mark(model, self, buffers=buffers)
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -120,9 +127,8 @@ class LoRA:
 
     def count(self, model: nn.Module) -> int:
         """How many values train, without attaching: Σ r · (in + out) over the targets, and modules_to_save."""
-        kinds = _kinds() | {
-            kind: kind for kind in _kinds().values()
-        }  # also of a model that is adapted already
+        kinds = _kinds()
+        kinds |= {kind: kind for kind in kinds.values()}  # also of a model that is adapted already
         targets = base.find_modules(model, self.target_modules, kinds)
         low_rank = sum(self.r * sum(kinds[type(m)].in_and_out(m)) for m in targets.values())
         saved = {p for module in self._fully_trained(model).values() for p in module.parameters()}

@@ -503,6 +503,7 @@ def test_an_embedding_is_the_plain_formula_and_keeps_its_padding_row(redraw):
         ({"lora_alpha": math.nan}, "lora_alpha is nan"),
         ({"lora_dropout": 1.0}, r"lora_dropout is 1.0; it must be a probability in \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
+        ({"init_seed": 0.5}, "init_seed is 0.5"),
         ({"target_modules": ()}, "target_modules is empty"),
         ({"modules_to_save": "score"}, r"write \('score',\)"),
     ],
@@ -570,6 +571,23 @@ def test_a_layer_that_cannot_be_adapted_is_named_and_nothing_is_changed(fields, 
     assert {name: (id(module), type(module)) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
     assert model["fine"].weight.grad is not None
+
+
+def test_running_out_of_memory_in_the_middle_changes_nothing(tiny, monkeypatch):
+    model, made = tiny("llama"), []
+    adapt = LoRALinear.adapt.__func__
+
+    def fail_at_the_third(cls, layer, **settings):
+        made.append(layer)
+        if len(made) == 3:
+            raise MemoryError
+        return adapt(cls, layer, **settings)
+
+    monkeypatch.setattr(LoRALinear, "adapt", classmethod(fail_at_the_third))
+    with pytest.raises(MemoryError):
+        LoRA().attach(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
 
 
 def test_an_attention_that_reads_past_its_layer_is_refused():
