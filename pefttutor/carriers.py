@@ -58,9 +58,9 @@ def embedded_names(kind: str) -> list[str]:
     """What is embedded: the folders under `models` or `tasks`, and those that their SHA256SUMS lists."""
     folder = root() / kind
     found = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-    if (folder / "SHA256SUMS").is_file():  # lists what should be here, also when a folder is lost
-        found |= {line.split()[1].partition("/")[0] for line in (folder / "SHA256SUMS").open() if "/" in line}
-    return sorted(found)
+    sums = folder / "SHA256SUMS"  # lists what should be here, also when a folder is lost
+    lines = sums.read_text().splitlines() if sums.is_file() else []
+    return sorted(found | {line.split()[1].partition("/")[0] for line in lines if "/" in line})
 
 
 def not_found(name: str, kind: str, carriers: dict[str, Carrier], reason: str = "") -> FileNotFoundError:

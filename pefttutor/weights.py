@@ -55,7 +55,11 @@ def converted(path: Path) -> str:
         bar = modeling_gguf_pytorch_utils.tqdm  # no setting of transformers silences this one
         modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
         try:
-            AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).save_pretrained(folder.name)
+            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            model.hf_quantizer = None  # its weights are plain float32 now, which transformers doesn't know
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(folder.name)
             AutoTokenizer.from_pretrained(**place).save_pretrained(folder.name)
         finally:
             modeling_gguf_pytorch_utils.tqdm = bar
