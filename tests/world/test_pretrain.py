@@ -11,14 +11,19 @@ from world import corpus, grow, pretrain
 TINY = pretrain.Recipe(16, 2, 2, 24, steps=8, rows=2, length=32)
 
 
-@pytest.mark.parametrize("wide", [dict(hidden=32, ffn=48, heads=4), dict(hidden=48, ffn=40, heads=6, layers=5)])
+@pytest.mark.parametrize(
+    "wide", [dict(hidden=32, ffn=48, heads=4), dict(hidden=48, ffn=40, heads=6, layers=5)]
+)
 def test_a_grown_model_computes_what_the_small_one_computed(wide):
     small, large = (
         pretrain.new_model(TINY).double(),
         pretrain.new_model(dataclasses.replace(TINY, **wide)).double(),
     )
-    for name, parameter in small.named_parameters():  # biases and norms start at 0 and 1, which hides mistakes
-        torch.nn.init.normal_(parameter, std=0.3) if "norm" not in name else torch.nn.init.uniform_(parameter, 0.5, 2)
+    for name, parameter in small.named_parameters():  # biases start at 0 and norms at 1, which hides mistakes
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
     grow.grow(small, large, noise=0.0)
     ids = torch.randint(6, 3000, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -46,7 +51,9 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             pretrain.train("campus-seed", tmp_path / "parts", compiled=False, every=1)
     pretrain.train("campus-seed", tmp_path / "parts", compiled=False, every=1)
-    whole, parts = (load_file(tmp_path / run / "campus-seed/checkpoint.safetensors") for run in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / run / "campus-seed/checkpoint.safetensors") for run in ("whole", "parts")
+    )
     assert whole.keys() == parts.keys()
     different = [k for k in whole if not torch.equal(whole[k], parts[k])]
     assert not different

@@ -33,15 +33,9 @@ def test_splits_share_no_example(name):
     stored = tasks.read(BY_NAME[name])
     keys = {split: {json.dumps(row, sort_keys=True) for row in rows} for split, rows in stored.items()}
     assert [len(stored[s]) for s in ("train", "validation", "test")] == list(BY_NAME[name].sizes)
-    assert (
-        not keys["train"] & keys["test"]
-    )
-    assert (
-        not keys["train"] & keys["validation"]
-    )
-    assert (
-        not keys["validation"] & keys["test"]
-    )
+    assert not keys["train"] & keys["test"]
+    assert not keys["train"] & keys["validation"]
+    assert not keys["validation"] & keys["test"]
 
 
 def test_small_versions_are_nested():
