@@ -5,7 +5,7 @@
 --train NAME       pretrain one model (campus-seed first: the causal models start from it); resumes where it was stopped
 --measure          measure what is missing in data/measurements.json; --only PREFIX for a part of it
 --table            write the measurements into data/README.md, the cards and SHA256SUMS
---check            rebuild the tasks in memory, verify every weight file, measure the held-out losses again; compare all three
+--check            rebuild the tasks, verify every weight file, measure the held-out losses; compare with what is stored
 """
 
 import argparse

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import measure, tasks
-from .pretrain import MODELS, RECIPES
+from .pretrain import MODELS, RECIPES, shipped
 
 HERE = Path(__file__).parents[1]
 LICENCE = "Apache-2.0, like the rest of the repository; made by its scripts, with no text or weights from elsewhere."
@@ -32,7 +32,8 @@ pretraining; prompts of tasks never look like pretraining text, and few-shot blo
 Scores in percent on the test split: mean ± half the range over three seeds (of the examples shown, or of the order of training; the
 new head is drawn from a fixed seed). In-context rows use the first {limit} test examples and no training. The probe trains the head alone
 (for tasks answered in words: the untied output matrix), full fine-tuning everything: {examples} examples, {epochs} epochs ({slower}), batch
-{batch_size}, AdamW, learning rate {probe_lr:g} (probe) and {full_lr:g} (full). Each number is in `measurements.json`.
+{batch_size}, AdamW, learning rate {probe_lr:g} (probe) and {full_lr:g} (full). Each number is in `measurements.json`; a dash stands
+for what has not been measured yet (`python data/build.py --measure` goes on).
 
 """
 
@@ -45,7 +46,7 @@ def _seconds() -> str:
 
 
 def _readme() -> str:
-    count = len([n for n in RECIPES if n != "campus-seed"])
+    count = len(shipped())
     head = _HEAD.format(
         models=count,
         tasks=len(tasks.ALL),
@@ -120,7 +121,7 @@ Known limits: sentences come from a grammar, so a model can do perfectly here an
 def write_all() -> None:
     """Write every card from what is stored now."""
     (HERE / "README.md").write_text(_readme(), encoding="utf-8")
-    for name in (n for n in RECIPES if (MODELS / n / "model.safetensors").exists()):
+    for name in shipped():
         (MODELS / name / "README.md").write_text(_model_card(name), encoding="utf-8")
     for task in tasks.ALL:
         (tasks.TASKS / task.name / "README.md").write_text(_task_card(task), encoding="utf-8")

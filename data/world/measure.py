@@ -18,7 +18,7 @@ import pefttutor as pt
 from pefttutor import data, models
 
 from . import tasks
-from .pretrain import RECIPES, held_out_loss
+from .pretrain import RECIPES, held_out_loss, shipped
 
 HERE = Path(__file__).parents[1]
 STORE = HERE / "measurements.json"
@@ -106,7 +106,7 @@ def tuned(task: tasks.Task, seed: int, *, probe: bool) -> dict[str, float]:
 def _keys() -> list[str]:
     """Everything that the table needs, as `what/task/model/seed`, quick rows first."""
     scored = [t.name for t in tasks.ALL if t.metric != "perplexity"]
-    keys = [f"chance/{t}//0" for t in scored] + [f"held_out//{m}/0" for m in RECIPES if m != "campus-seed"]
+    keys = [f"chance/{t}//0" for t in scored] + [f"held_out//{m}/0" for m in shipped()]
     keys += [f"{what}/{t}/{TUNED}/{s}" for s in SEEDS for t in scored for what in ("full", "probe")]
     spoken = [t for t in scored if _task(t).kind != "tagging"]
     keys += [
@@ -198,7 +198,7 @@ def table() -> str:
         cells += [get("probe", task.name, TUNED), get("full", task.name, TUNED)]
         lines.append(f"| {task.name} | {task.metric.replace('_', ' ')} | {' | '.join(cells)} |")
     lines += ["", "| model | parameters | perplexity on unseen text of the world |", "|---|---|---|"]
-    for name in (n for n in RECIPES if n != "campus-seed"):
+    for name in shipped():
         if (loss := found.get(f"held_out//{name}/0")) is not None:
             kind = " (of masked tokens)" if RECIPES[name].encoder else ""
             lines.append(

@@ -57,6 +57,11 @@ RECIPES = {
 }
 
 
+def shipped() -> list[str]:
+    """The models that data/models holds now."""
+    return [name for name in RECIPES if (MODELS / name / "model.safetensors").exists()]
+
+
 def new_model(recipe: Recipe) -> nn.Module:
     """The untrained model of a recipe."""
     import transformers
