@@ -44,7 +44,7 @@ _FUNCTIONS = {
     "evaluate": "train",
     "fit": "train",
 }
-_MODULES = ("bench", "check", "data", "kernels", "method", "models", "storage", "train", "widgets")
+_MODULES = ("bench", "check", "data", "kernels", "losses", "method", "models", "storage", "train", "widgets")
 
 
 def methods() -> dict[str, type]:
