@@ -17,7 +17,9 @@ def pytest_configure(config):
     if hasattr(config.option, "nbval_current_env") and config.option.nbval_kernel_name is None:
         config.option.nbval_current_env = True
     if getattr(config.option, "nbval", False):
-        os.environ.pop("PEFTTUTOR_REAL", None)  # what is stored, and compared, is a lesson without real models
+        os.environ.pop(
+            "PEFTTUTOR_REAL", None
+        )  # what is stored, and compared, is a lesson without real models
     if getattr(config.option, "nbval_cell_timeout", None) == NBVAL_DEFAULT_TIMEOUT_S:
         config.option.nbval_cell_timeout = CELL_TIMEOUT_S
     _make_hypothesis_repeatable()
