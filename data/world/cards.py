@@ -19,8 +19,9 @@ pretrained on its text, and {tasks} tasks and corpora to adapt them to. All of i
 ```python
 from pefttutor import data, models
 
-model, tokenizer = models.load("campus-small")  # or AutoModelForCausalLM.from_pretrained("data/models/campus-small")
-splits = data.load("sentiment", n=64)           # a datasets.DatasetDict; n = 16, 64 or 256 for small-data versions
+# or AutoModelForCausalLM.from_pretrained("data/models/campus-small")
+model, tokenizer = models.load("campus-small")
+splits = data.load("sentiment", n=64)  # a datasets.DatasetDict; n = 16, 64 or 256 for small-data versions
 ```
 
 `python data/build.py --check` rebuilds the tasks and compares them, verifies every weight file and measures the models again.
