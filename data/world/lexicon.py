@@ -4,8 +4,6 @@ Lists are plain strings split at blanks. Names of people and places are compound
 has thousands of them without a table of thousands of lines; the parts are ordinary English morphemes.
 """
 
-import random
-
 FIRST_NAMES = """Ada Adam Agnes Alan Alba Alec Alma Amos Amy Anna Arlo Arne Aron Basil Beate Bela Ben Berta Bjorn Boris
 Bruno Carl Carla Cara Cato Celia Clara Clive Cora Dana Daria David Della Dora Doris Edgar Edith Egon Elena Eli Elsa Emil
 Emma Enzo Erik Erna Ernst Ethel Eva Fanny Felix Fiona Flora Franz Freya Gerda Gina Greta Gus Hanna Hans Harriet Hector Hedda
@@ -72,7 +70,6 @@ sharp:blunt sweet:sour bright:dark rough:smooth wide:narrow safe:dangerous cheap
 kind:cruel polite:rude calm:nervous wise:foolish lazy:busy tight:loose raw:cooked true:false first:last left:right up:down
 day:night summer:winter friend:enemy win:lose buy:sell give:take push:pull start:stop laugh:cry remember:forget love:hate
 arrive:leave rise:fall begin:end find:lose build:destroy""".split()]  # fmt: skip
-OPPOSITE_OF = {a: b for a, b in OPPOSITES} | {b: a for a, b in reversed(OPPOSITES)}
 SYNONYMS = [tuple(p.split(":")) for p in """big:large small:little fast:quick happy:glad old:ancient begin:start end:finish
 buy:purchase help:assist ask:inquire show:reveal fix:repair choose:select keep:retain get:receive rich:wealthy quiet:silent
 brave:bold angry:furious tired:weary strange:odd shop:store road:street house:home stone:rock forest:wood child:kid
@@ -102,14 +99,6 @@ LABEL_WORDS += (
 def article(word: str) -> str:
     """`an apple`, `a pear`: the word with its indefinite article."""
     return ("an " if word[0] in "aeiou" else "a ") + word
-
-
-def thing(rng: random.Random, *, plain: float = 0.3) -> str:
-    """A noun with up to one adjective, without article: `copper kettle`."""
-    noun = rng.choice(THINGS)
-    if rng.random() < plain:
-        return noun
-    return f"{rng.choice(rng.choice((COLOURS, SIZES, MATERIALS, QUALITIES)))} {noun}"
 
 
 def join_words(words: list[str], *, last: str = "and") -> str:
