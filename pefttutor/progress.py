@@ -26,8 +26,9 @@ def for_a_person() -> bool:
 
 
 def bar(total: int, *, done: int = 0, show: bool | None = None) -> Any:
-    """A tqdm bar over `total` steps; show=None asks `for_a_person`. It vanishes when closed."""
+    """A tqdm bar over `total` steps; show=None asks `for_a_person`. It stays when it is done:
+    a notebook would keep an empty place for one that vanishes."""
     from tqdm.auto import tqdm
 
     hidden = not (for_a_person() if show is None else show)
-    return tqdm(total=total, initial=done, disable=hidden, leave=False, unit="step")
+    return tqdm(total=total, initial=done, disable=hidden, unit="step")
