@@ -30,7 +30,7 @@ def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
     loss = mean over t of −log softmax(hₜ Wᵀ + b)[label(t + 1)], labels of −100 left out
 
-    The result and the gradients are the model's own; time and memory are lower, because the logits of a
+    The result and the gradients are the model's own; memory is lower, because the logits of a
     large vocabulary are most of a small model's activations (`linear_cross_entropy`), and because cheap
     activations are made again rather than kept (`recompute_activations`).
 
