@@ -91,8 +91,8 @@ bfloat16 products on one CPU core with torch 2.13. Made by
 
 Licence: {LICENCE}
 
-Known limits: it knows the little world and nothing else; sums beyond two digits, long texts (more than {recipe.length} tokens) and any other
-English are beyond it. Training on another processor gives other last digits, so another file, with about the same scores.
+Known limits: it has read the little world and nothing else, {recipe.length} tokens at a time; what it can do is in data/README.md.
+The same command on another processor or thread count need not give the same bits.
 """
 
 
