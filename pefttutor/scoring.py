@@ -150,36 +150,55 @@ def _database(row: dict[str, Any], info: Any) -> Path:
 def _label_words(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], info: Any, batch_size: int, max_length: int
 ) -> float:
-    """Every row with every label word behind it; the mean keeps words of several tokens comparable."""
+    """Every row with every label word behind it; the mean keeps words of several tokens comparable.
+
+    A prompt is read once: the label words go on from its cached keys and values.
+    """
     if not info.labels:
         raise ValueError(f"{info.name!r} has no labels to choose from")
-    examples = []
-    for row in rows:
-        prompt, blanks = prompt_ids(tokenizer, row["prompt"])
-        for word in info.labels:
-            answer = answer_ids(tokenizer, blanks, word)
-            kept = prompt[max(0, len(prompt) + len(answer) - max_length) :]
-            ids = torch.tensor(kept + answer)
-            labels = torch.tensor([-100] * len(kept) + answer)
-            examples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    means = torch.empty(len(examples))
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    device = next(model.parameters()).device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([examples[i] for i in chosen], tokenizer.pad_token_id)
-        batch = {key: value.to(device) for key, value in batch.items()}
-        labels = batch.pop("labels")
-        means[torch.tensor(chosen)] = _mean_log_probability(model(**batch).logits, labels).cpu()
-    best = means.view(len(rows), len(info.labels)).argmax(1)  # (rows,)
-    return sum(int(b) == int(row["label"]) for b, row in zip(best, rows, strict=True)) / len(rows)
+    prompts, blanks = zip(*(prompt_ids(tokenizer, row["prompt"]) for row in rows), strict=True)
+    answers = {b: [answer_ids(tokenizer, b, word) for word in info.labels] for b in set(blanks)}
+    room = max_length - max(len(answer) for words in answers.values() for answer in words)
+    right = 0
+    for b in answers:  # in practice all prompts end in the same blanks
+        chosen = sorted((i for i in range(len(rows)) if blanks[i] == b), key=lambda i: len(prompts[i]))
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
+            means = _continued(model, tokenizer, [prompts[i][-room:] for i in batch], answers[b])
+            best = means.argmax(1).tolist()
+            right += sum(best[k] == int(rows[i]["label"]) for k, i in enumerate(batch))
+    return right / len(rows)
 
 
-def _mean_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch, seq, vocabulary), (batch, seq) → (batch,): mean over the labels that are not −100."""
-    logits, labels = logits[:, :-1].float(), labels[:, 1:]
-    counted = labels != -100
-    taken = (
-        logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    )  # (batch, seq − 1)
-    return (taken * counted).sum(1) / counted.sum(1)
+def _continued(model: Any, tokenizer: Any, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Mean log-probability of each answer's tokens after each prompt: (prompts, answers)."""
+    device, pad = next(model.parameters()).device, tokenizer.pad_token_id or 0
+    read = collate(
+        [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in map(torch.tensor, prompts)],
+        pad,
+        "left",
+    )
+    ids, mask = read["input_ids"].to(device), read["attention_mask"].to(device)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, seq)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True)
+    words = _pad_right(answers, device)  # (answers, longest), −100 behind the end
+    n, k, longest = len(prompts), *words.shape
+    first = out.logits[:, -1].float().log_softmax(-1)[:, words[:, 0]]  # (prompts, answers)
+    if longest == 1:
+        return first
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(k)
+    given = words[:, :-1].clamp(min=0).repeat(n, 1)  # (prompts · answers, longest − 1)
+    mask = torch.cat([mask.repeat_interleave(k, 0), torch.ones_like(given)], 1)
+    after = places[:, -1:].repeat_interleave(k, 0) + torch.arange(1, longest, device=device)
+    logits = model(input_ids=given, attention_mask=mask, position_ids=after, past_key_values=cache).logits
+    rest = words[:, 1:].repeat(n, 1)
+    taken = logits.float().log_softmax(-1).gather(-1, rest.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    summed = (taken * (rest != -100)).sum(1).view(n, k) + first
+    return summed / (words != -100).sum(1)
+
+
+def _pad_right(sequences: list[list[int]], device: torch.device) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(s, device=device) for s in sequences], batch_first=True, padding_value=-100
+    )

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import BertForTokenClassification
+from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from pefttutor.data import TaskInfo
 from pefttutor.encoding import encode
-from pefttutor.scoring import generate, score
+from pefttutor.scoring import _continued, generate, score
 from pefttutor.train import evaluate, fit
 from tests.tiny import bert, llama, llama_classifier, tokenizer
 
@@ -54,6 +54,27 @@ def test_label_words_are_compared_by_their_mean_log_probability() -> None:
         right += means.index(max(means)) == row["label"]
     for batch_size in (1, 7, 32):
         assert score(model, TOKENIZER, ROWS, MOOD, batch_size=batch_size) == pytest.approx(right / len(ROWS))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_label_words_that_go_on_from_a_cached_prompt_get_what_reading_all_again_gives(family: str) -> None:
+    if family == "llama":
+        model = llama(initializer_range=0.3).double().eval()
+    else:
+        config = GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=len(TOKENIZER), initializer_range=0.3
+        )
+        model = GPT2LMHeadModel(config).double().eval()
+    prompts, answers = [[1, 7, 9, 11, 8], [1, 12], [1, 5, 6]], [[9], [10, 4, 8], [6, 6]]
+    found = _continued(model, TOKENIZER, prompts, answers)
+    for i, prompt in enumerate(prompts):
+        for j, answer in enumerate(answers):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            expected = log_softmax(logits, -1)[range(len(answer)), answer].mean()
+            assert found[i, j].item() == pytest.approx(
+                expected.item(), abs=1e-5
+            )  # the softmax is taken in float32
 
 
 def test_generate_is_greedy_and_the_same_in_any_batch() -> None:

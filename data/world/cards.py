@@ -40,9 +40,13 @@ for what has not been measured yet (`python data/build.py --measure` goes on).
 
 
 def _seconds() -> str:
-    times = [v["train_s"] for k, v in measure.stored().items() if k.startswith("full/")]
+    found = measure.stored()
+    name, task = measure.TIMED
+    times = [found[k]["train_s"] for s in measure.SEEDS if (k := f"full/{task}/{name}/{s}") in found]
     return (
-        f"Full fine-tuning took {min(times):.0f}–{max(times):.0f} s a task on one thread.\n" if times else ""
+        f"Full fine-tuning of {name} on {task} took {min(times):.0f} to {max(times):.0f} s on two cores.\n"
+        if times
+        else ""
     )
 
 
@@ -68,31 +72,48 @@ def _readme() -> str:
     return head + measure.table() + "\n" + _seconds() + "\n".join(lines) + "\n"
 
 
+def _stages(name: str) -> list[str]:
+    """A model and what it goes on from, first stage first."""
+    start = RECIPES[name].start
+    return [*(_stages(start) if start else []), name]
+
+
 def _model_card(name: str) -> str:
     recipe, folder = RECIPES[name], MODELS / name
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     size = (folder / "model.safetensors").stat().st_size
-    tokens = recipe.steps * recipe.rows * recipe.length
-    start = f"grown from `{recipe.start}` (function-preserving, world/grow.py), which read {RECIPES[recipe.start].steps * 4096 / 1e6:.1f} M tokens" if recipe.start else "from scratch"  # fmt: skip
+    stages = [
+        (n, RECIPES[n], RECIPES[n].steps * RECIPES[n].rows * RECIPES[n].length / 1e6) for n in _stages(name)
+    ]
     settings = "\n".join(f"- {k}: {v}" for k, v in asdict(recipe).items())
-    objective = "masked tokens (30 %)" if recipe.encoder else "the next token"
-    commands = "".join(f"python data/build.py --train {n}\n" for n in (recipe.start, name) if n)
+    objective = "masked tokens (20 %)" if recipe.encoder else "the next token"
+    commands = "".join(
+        f"python data/build.py --train {n}  # {tokens:.1f} M tokens, seed {r.seed}, world/ of commit {r.generator}\n"
+        for n, r, tokens in stages
+    )
+    grown = (
+        "Each stage goes on from the one before, grown where the shape differs (world/grow.py). "
+        if recipe.start
+        else ""
+    )
     return f"""# {name}
 
 {"BertForMaskedLM" if recipe.encoder else "LlamaForCausalLM with biases and tied embeddings"}, float16, {size:,} bytes, sha256 `{digest}`.
 
-Trained {start} to predict {objective} of the little world's text: {tokens / 1e6:.1f} M tokens, seed {recipe.seed},
-bfloat16 products on one CPU core with torch 2.13. Made by
+Trained to predict {objective} of the little world's text, {sum(tokens for *_, tokens in stages):.1f} M tokens in all, on one CPU core with torch 2.13. {grown}Made by
 
 ```
 {commands}```
+
+with, in the last of them,
 
 {settings}
 
 Licence: {LICENCE}
 
 Known limits: it has read the little world and nothing else, {recipe.length} tokens at a time; what it can do is in data/README.md.
-The same command on another processor or thread count need not give the same bits.
+A stage read the text that the scripts wrote at its commit; today's scripts may write more kinds of text. So the commands give a
+model of the same kind, and the same bits only at those commits, on the same processor, with the same number of threads.
 """
 
 

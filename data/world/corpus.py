@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from . import prose, reasoning, rules
 
-# Share of documents; few-shot blocks are the longest, so they make up about half of the tokens.
+# Share of documents; few-shot blocks are the longest, so they make up more than half of the tokens.
 MIXTURE: dict[Callable[[random.Random], str], float] = {
-    rules.block: 0.30, prose.review_document: 0.12, prose.news_document: 0.10, prose.story: 0.09, prose.portrait: 0.06,
+    rules.block: 0.40, rules.ledger: 0.06, prose.review_document: 0.12, prose.news_document: 0.10, prose.story: 0.09, prose.portrait: 0.06,
     prose.gazetteer: 0.03, prose.letter: 0.04, reasoning.consequence: 0.07, reasoning.question_document: 0.08,
     reasoning.list_document: 0.05, reasoning.table_document: 0.03, reasoning.sql_document: 0.03,
 }  # fmt: skip
@@ -20,12 +20,20 @@ VOCABULARY = 3072
 HELD_OUT_SEED = 999_000  # shards from here on are never trained on
 
 
-def documents(seed: int, n: int) -> Iterator[str]:
-    """`n` documents of shard `seed`."""
+def marked_documents(seed: int, n: int, *, plain: bool = False) -> Iterator[str]:
+    """`n` documents of shard `seed`, with `rules.MARK` around what they let a reader infer; `plain`: no blocks, no ledgers."""
     rng = random.Random(seed)
-    kinds, weights = list(MIXTURE), list(MIXTURE.values())
+    chosen = {
+        make: share for make, share in MIXTURE.items() if not (plain and make in (rules.block, rules.ledger))
+    }
+    kinds, weights = list(chosen), list(chosen.values())
     for make in rng.choices(kinds, weights, k=n):
         yield make(rng)
+
+
+def documents(seed: int, n: int) -> Iterator[str]:
+    """The same documents as a reader sees them."""
+    return (text.replace(rules.MARK, "") for text in marked_documents(seed, n))
 
 
 def train_tokenizer(n: int = 60_000) -> Tokenizer:
@@ -56,7 +64,22 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def shard(tokenizer: Tokenizer, seed: int, n: int = 20_000) -> np.ndarray:
-    """One shard as a flat array of token ids, each document between `<s>` and `</s>`."""
-    encodings = tokenizer.encode_batch(list(documents(seed, n)))
-    return np.concatenate([np.asarray([*e.ids, 2], dtype=np.uint16) for e in encodings])
+def _inferable(text: str, ends: list[int]) -> np.ndarray:
+    """Which tokens of the unmarked text, given by where they end, lie between marks."""
+    parts = text.split(rules.MARK)
+    borders = np.cumsum([len(part) for part in parts])
+    return np.searchsorted(borders, ends) % 2 == 1
+
+
+def shard(
+    tokenizer: Tokenizer, seed: int, n: int = 20_000, *, plain: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """One shard as a flat array of token ids, each document between `<s>` and `</s>`, and which of them can be inferred."""
+    marked = list(marked_documents(seed, n, plain=plain))
+    encodings = tokenizer.encode_batch([text.replace(rules.MARK, "") for text in marked])
+    flat = [np.asarray([*e.ids, 2], dtype=np.uint16) for e in encodings]
+    told = [
+        np.append(_inferable(text, [end for _, end in e.offsets]), False)
+        for text, e in zip(marked, encodings, strict=True)
+    ]
+    return np.concatenate(flat), np.concatenate(told)

@@ -82,17 +82,18 @@ PLURALS = {w: w + "s" for w in THINGS + ANIMALS} | {
 }  # fmt: skip
 
 # Short made-up label words: few-shot blocks give them a fresh meaning in every block, so no meaning can be memorised.
-_LABEL_PARTS = (
+LABEL_PARTS = (
     "b d f g k l m n p r s t v z".split(),
     "a e i o u".split(),
     "b d g k l m n p r s t x z".split(),
 )
-LABEL_WORDS = [a + b + c for a in _LABEL_PARTS[0] for b in _LABEL_PARTS[1] for c in _LABEL_PARTS[2]]
+LABEL_WORDS = [a + b + c for a in LABEL_PARTS[0] for b in LABEL_PARTS[1] for c in LABEL_PARTS[2]]
 LABEL_WORDS += (
     LETTERS
     + COLOURS
     + NUMBERS
     + "yes no true false left right up down north south alpha beta gamma delta".split()
+    + [*THINGS, *JOBS, *SITES, *ROOMS]
 )
 
 

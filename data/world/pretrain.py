@@ -1,7 +1,7 @@
 """Pretraining of the embedded models on the world's text, on a CPU, resumable.
 
 Hidden matrices are trained by Muon (Jordan et al. 2024; `torch.optim.Muon`), everything else by AdamW. The learning rate warms up,
-stays, and falls to a tenth over the last part. Multiplications run in bfloat16, weights and optimizer in float32.
+stays, and falls over the last part. Weights and optimizer are float32; multiplications bfloat16 where the processor has AMX.
 """
 
 import json
@@ -39,27 +39,38 @@ class Recipe:
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     decay: float = 0.4  # share of the steps over which the learning rate falls
+    inferable: float = 1.0  # weight of a token that can be inferred from its context (see rules.MARK)
     seed: int = 1
+    generator: str = "a969bd1"  # the commit whose world/ wrote the text that it read
 
 
-RECIPES = {
-    "campus-seed": Recipe(
-        128, 4, 4, 352, steps=1000, decay=0.01
-    ),  # where the three causal models start; not shipped
-    "campus-nano": Recipe(128, 4, 4, 352, steps=700, start="campus-seed", seed=5),
-    "campus-small": Recipe(
-        256, 6, 8, 704, steps=900, start="campus-seed", muon_lr=0.015, adam_lr=2e-3, seed=2
-    ),
-    "campus-base": Recipe(
-        384, 8, 12, 1024, steps=1100, start="campus-seed", muon_lr=0.01, adam_lr=1.5e-3, seed=3
-    ),
-    "campus-encoder": Recipe(256, 4, 8, 1024, steps=800, encoder=True, rows=32, length=128, seed=4),
+_SHAPES = {
+    "nano": dict(hidden=128, layers=4, heads=4, ffn=352, muon_lr=0.02, adam_lr=3e-3),
+    "small": dict(hidden=256, layers=6, heads=8, ffn=704, muon_lr=0.015, adam_lr=2e-3),
+    "base": dict(hidden=384, layers=8, heads=12, ffn=896, muon_lr=0.01, adam_lr=1.5e-3),
 }
+_EARLY = dict(generator="942069d")
+_LATER = dict(
+    rows=8, length=512, decay=0.5, inferable=6.0
+)  # long rows: a block of examples fits, every position is trained
+RECIPES = {
+    # Stages, not shipped: they read the world before it had ledgers and the later kinds of few-shot blocks.
+    "campus-seed": Recipe(**_SHAPES["nano"], **_EARLY, steps=1000, decay=0.01),
+    "campus-nano-1": Recipe(**_SHAPES["nano"], **_EARLY, steps=700, start="campus-seed", seed=5),
+    "campus-small-1": Recipe(**_SHAPES["small"], **_EARLY, steps=900, start="campus-seed", seed=2),
+    # The models of data/models: each goes on from its stage, base grows from small.
+    "campus-nano": Recipe(**_SHAPES["nano"], **_LATER, steps=1400, start="campus-nano-1", seed=15),
+    "campus-small": Recipe(**_SHAPES["small"], **_LATER, steps=1250, start="campus-small-1", seed=12),
+    "campus-base": Recipe(**_SHAPES["base"], **_LATER, steps=560, start="campus-small", seed=13, generator="0c51be4"),
+    "campus-encoder": Recipe(256, 4, 8, 704, steps=640, start="campus-small-1", encoder=True, rows=32, length=128,
+                             muon_lr=0.015, adam_lr=2e-3, seed=4, generator="0c51be4"),
+}  # fmt: skip
+SHIPPED = ("campus-nano", "campus-small", "campus-base", "campus-encoder")
 
 
 def shipped() -> list[str]:
     """The models that data/models holds now."""
-    return [name for name in RECIPES if (MODELS / name / "model.safetensors").exists()]
+    return [name for name in SHIPPED if (MODELS / name / "model.safetensors").exists()]
 
 
 def new_model(recipe: Recipe) -> nn.Module:
@@ -70,21 +81,37 @@ def new_model(recipe: Recipe) -> nn.Module:
     common = dict(vocab_size=corpus.VOCABULARY, hidden_size=recipe.hidden, num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads,
                   intermediate_size=recipe.ffn, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
     if recipe.encoder:
-        return transformers.BertForMaskedLM(transformers.BertConfig(**common, type_vocab_size=2))
+        return transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                **common, type_vocab_size=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+        )
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=recipe.heads, attention_bias=True,
-                                         mlp_bias=True, tie_word_embeddings=True, attn_implementation="eager"))  # fmt: skip
+                                         mlp_bias=True, tie_word_embeddings=True, attn_implementation="sdpa"))  # fmt: skip
 
 
-def loss_of(model: nn.Module, rows: Tensor, encoder: bool) -> Tensor:
-    """Next-token loss, or masked-token loss (30 % of the tokens masked: 80 % by <mask>, 10 % random, 10 % kept)."""
+def waves(length: int, width: int) -> Tensor:
+    """Sine and cosine of each position at falling frequencies (Vaswani et al. 2017): a neighbour is a rotation away."""
+    angles = torch.arange(length)[:, None] / 10_000 ** (
+        torch.arange(0, width, 2) / width
+    )  # (length, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def loss_of(model: nn.Module, rows: Tensor, encoder: bool, weights: Tensor | None = None) -> Tensor:
+    """Next-token loss, weighed by token; or masked-token loss (20 % masked: 80 % by <mask>, 10 % random, 10 % kept)."""
     if not encoder:
         hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[
             :, :-1
         ]  # (rows, length − 1, hidden)
-        return F.cross_entropy(
-            F.linear(hidden, model.lm_head.weight).flatten(0, 1).float(), rows[:, 1:].flatten()
+        losses = F.cross_entropy(
+            F.linear(hidden, model.lm_head.weight).flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
         )
-    chosen = (torch.rand(rows.shape) < 0.3) & (rows > 5)
+        if weights is None:
+            return losses.mean()
+        weights = weights[:, 1:].flatten()
+        return (losses * weights).sum() / weights.sum()
+    chosen = (torch.rand(rows.shape) < 0.2) & (rows > 5)
     how = torch.rand(rows.shape)
     other = torch.randint(6, corpus.VOCABULARY, rows.shape)
     seen = torch.where(chosen & (how < 0.8), 4, torch.where(chosen & (how > 0.9), other, rows))
@@ -93,26 +120,27 @@ def loss_of(model: nn.Module, rows: Tensor, encoder: bool) -> Tensor:
 
 
 class Rows:
-    """Rows of `length` tokens cut from seeded shards, in a seeded order; `skip` resumes at a step."""
+    """Rows of `length` tokens and their weights, cut from seeded shards, in a seeded order; calling `next` again and again resumes."""
 
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe):
-        self.tokenizer, self.recipe, self.shard_no, self.rows, self.at = (
-            tokenizer,
-            recipe,
-            -1,
-            np.zeros((0, recipe.length)),
-            0,
-        )
+        self.tokenizer, self.recipe, self.shard_no, self.at = tokenizer, recipe, -1, 0
+        self.rows = self.weights = np.zeros((0, recipe.length))
 
-    def next(self) -> Tensor:
+    def next(self) -> tuple[Tensor, Tensor]:
         n, length = self.recipe.rows, self.recipe.length
         if self.at + n > len(self.rows):
             self.shard_no, self.at = self.shard_no + 1, 0
-            flat = corpus.shard(self.tokenizer, 1000 * self.recipe.seed + self.shard_no)
-            self.rows = flat[: len(flat) // length * length].reshape(-1, length)
-            np.random.default_rng(self.shard_no).shuffle(self.rows)
+            flat, told = corpus.shard(
+                self.tokenizer, 1000 * self.recipe.seed + self.shard_no, plain=self.recipe.encoder
+            )
+            order = np.random.default_rng(self.shard_no).permutation(len(flat) // length)
+            self.rows, self.weights = (
+                a[: len(flat) // length * length].reshape(-1, length)[order] for a in (flat, told)
+            )
         self.at += n
-        return torch.from_numpy(self.rows[self.at - n : self.at].astype(np.int64))
+        chosen = slice(self.at - n, self.at)
+        weights = 1.0 + (self.recipe.inferable - 1.0) * torch.from_numpy(self.weights[chosen]).float()
+        return torch.from_numpy(self.rows[chosen].astype(np.int64)), weights
 
 
 def rate(step: int, recipe: Recipe) -> float:
@@ -131,7 +159,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 def held_out_loss(model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, *, rows: int = 48) -> float:
     """Mean loss in nats per (predicted) token on a shard that is never trained on."""
-    flat = corpus.shard(tokenizer, corpus.HELD_OUT_SEED, 1500)
+    flat, _ = corpus.shard(tokenizer, corpus.HELD_OUT_SEED, 1500, plain=recipe.encoder)
     data = torch.from_numpy(flat[: rows * recipe.length].reshape(rows, -1).astype(np.int64))
     model.eval()
     torch.manual_seed(0)
@@ -170,21 +198,34 @@ def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer]) -
         return int(f.metadata()["step"])
 
 
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32 (AMX does; without it, it took twice the time)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cuda.is_available()
+
+
 def train(name: str, work: Path, *, compiled: bool = True, every: int = 100) -> None:
     """Train one model of RECIPES, checkpointing into `work`/name; at the end write it to data/models/name in float16."""
     import transformers
+
+    bfloat16 = fast_bfloat16()
 
     recipe, folder = RECIPES[name], work / name
     tokenizer = Tokenizer.from_file(str(MODELS / "tokenizer.json"))
     model = new_model(recipe)
     if recipe.start:
-        grow(
-            transformers.AutoModelForCausalLM.from_pretrained(
-                work / recipe.start / "model", dtype=torch.float32
-            ),
-            model,
-            seed=recipe.seed,
+        begun = transformers.AutoModelForCausalLM.from_pretrained(
+            work / recipe.start / "model", dtype=torch.float32
         )
+        if recipe.encoder:  # of a causal model, an encoder can use what the words mean, not how they are read
+            words = begun.get_input_embeddings().weight.data
+            model.get_input_embeddings().weight.data.copy_(words)
+            positions = model.bert.embeddings.position_embeddings.weight.data
+            positions.copy_(
+                words.std() * 2**0.5 * waves(*positions.shape)
+            )  # as large as the words, or nobody looks at them
+        else:
+            same = begun.config.hidden_size == recipe.hidden
+            grow(begun, model, noise=0.0 if same else 0.02, seed=recipe.seed)
     model.train()
     opts = optimizers(model, recipe)
     first = _resume(folder, model, opts)
@@ -200,8 +241,9 @@ def train(name: str, work: Path, *, compiled: bool = True, every: int = 100) -> 
         torch.manual_seed(1_000_003 * recipe.seed + step)  # masks and dropout: the same after a resumption
         for opt, peak in zip(opts, (recipe.muon_lr, recipe.adam_lr), strict=True):
             opt.param_groups[0]["lr"] = peak * rate(step, recipe)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, source.next(), recipe.encoder)
+        rows, weights = source.next()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(model, rows, recipe.encoder, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -218,7 +260,7 @@ def train(name: str, work: Path, *, compiled: bool = True, every: int = 100) -> 
         layer.__dict__.pop("forward", None)
     model.save_pretrained(folder / "model")
     print(json.dumps({"held_out_loss": held_out_loss(model, tokenizer, recipe)}), flush=True)
-    if name != "campus-seed":
+    if name in SHIPPED:
         export(name, model)
 
 

@@ -1,7 +1,7 @@
 """Text that rewards reading closely: questions on a passage, what follows from what, lists, sums, tables, SQL."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import lexicon as lx
 from .facts import people, towns, two_people
@@ -62,6 +62,11 @@ def _say(rng: random.Random, e: Event) -> str:
     return rng.choice((e.active, e.active_to, e.passive_form, e.received))()
 
 
+def event_about(rng: random.Random, noun: str) -> str:
+    """Somebody gives this thing to somebody, in one of four forms."""
+    return _say(rng, replace(event(rng), noun=noun))
+
+
 def _swap(e: Event) -> Event:
     return Event(e.taker, e.giver, e.adjective, e.noun, e.verb, e.passive, e.site)
 
@@ -83,9 +88,9 @@ def paraphrase(rng: random.Random, same: bool, *, strict: bool = False) -> tuple
     return _say(rng, e), _say(rng, e if same else _vary(rng, e))
 
 
-def entailment(rng: random.Random, label: int) -> tuple[str, str]:
-    """Premise and hypothesis: 0 it follows, 1 it may be, 2 it contradicts."""
-    e = event(rng)
+def entailment(rng: random.Random, label: int, *, strict: bool = False) -> tuple[str, str]:
+    """Premise and hypothesis: 0 it follows, 1 it may be, 2 it contradicts; `strict`: things change hands for certain."""
+    e = event(rng, _TRANSFERS if strict else _VERBS)
     premise = _say(rng, e)
     category = lx.CATEGORY_OF.get(e.noun, "thing")
     if label == 0:
@@ -101,26 +106,6 @@ def entailment(rng: random.Random, label: int) -> tuple[str, str]:
         said = rng.choice((f"{e.giver} got {lx.article(e.noun)}", f"{e.giver} met {e.taker} at the {site}", f"{e.giver} still has the {e.noun}",
                            f"{e.taker} got nothing", f"the {e.noun} was {colour}", f"{e.taker} {e.verb} {e.giver} {lx.article(e.noun)}"))  # fmt: skip
     return premise, said
-
-
-def close_entailment(rng: random.Random, label: int) -> tuple[str, str]:
-    """Like `entailment`, but the three labels share every form, so that only the comparison of both sentences tells them apart.
-
-    0 says what the premise says; 2 says of the premise's own people and thing what can't be; 1 speaks of somebody or something else.
-    """
-    e, (other, _) = event(rng, _TRANSFERS), two_people(rng)
-    while other.first in (e.giver, e.taker):
-        other, _ = two_people(rng)
-    noun = rng.choice([t for t in lx.THINGS if t != e.noun])
-    site = rng.choice([s for s in lx.SITES if s != e.site])
-    adjective = rng.choice([c for c in lx.COLOURS + lx.MATERIALS if c != e.adjective])
-    said = rng.choice((
-        f"{(e.taker, other.first, e.giver)[label]} got the {e.noun}",
-        f"{rng.choice((e.giver, e.taker)) if label != 1 else other.first} was at the {e.site if label != 2 else site}",
-        f"the {e.noun if label != 1 else noun} was {e.adjective if label != 2 else adjective}",
-        f"{(e.giver, other.first, e.taker)[label]} handed the {e.noun} over",
-    ))  # fmt: skip
-    return _say(rng, e), said
 
 
 def consequence(rng: random.Random) -> str:

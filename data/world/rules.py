@@ -1,8 +1,9 @@
 """Few-shot blocks: several examples of one rule, which holds in that block only.
 
-A rule may be an operation (last word, opposite, sorting, a sum) or a classification of sentences whose classes get fresh
-label words in every block. Nothing names the rule, so the only way to predict an answer is to infer it from the examples above
-it: this is what in-context learning grows from.
+A rule may be an operation (last word, opposite, sorting, a sum), two operations called by names that the block makes up, or a
+classification whose classes get fresh label words in every block. Nothing else names the rule, so the only way to predict an
+answer is to infer it from the examples above it: this is what in-context learning grows from. Ledgers, read twice, come before
+that: whoever can look a line up again has the circuit that the blocks need.
 """
 
 import random
@@ -14,9 +15,17 @@ from .facts import people, towns
 
 Rule = Callable[[random.Random], Callable[[random.Random], tuple[str, str]]]
 
+MARK = "\ue000"  # stands around what can be inferred from the text before it; pretraining weighs it more and never reads the mark
 _TEMPLATES = ("{x} -> {y}", "{x} => {y}", "Input: {x} Output: {y}", "x: {x} y: {y}", "{x} / {y}", "Text: {x}\nClass: {y}",
               "{x} = {y}", "Given {x} say {y}", "< {x} > {y}", "{x} | {y}", "Item: {x}\nResult: {y}", "[{x}] {y}")  # fmt: skip
-_JOINTS = ("\n", "\n", " ; ", "\n\n")
+_HEADED = (
+    "{a}: {x}\n{b}: {y}",
+    "{a}: {x} {b}: {y}",
+    "{a} {x}\n{b} {y}",
+    "{x}\n{b}: {y}",
+)  # with two words of the block's own
+_HEADS = [w.capitalize() for w in lx.THINGS + lx.JOBS + lx.ROOMS + lx.SITES + lx.HOBBIES]
+_JOINTS = ("\n", "\n", " ; ", "\n\n", "\n\n")
 
 
 def _words(rng: random.Random, low: int = 2, high: int = 5) -> list[str]:
@@ -25,17 +34,20 @@ def _words(rng: random.Random, low: int = 2, high: int = 5) -> list[str]:
 
 
 def _on_words(f: Callable[[list[str]], str], low: int = 2, high: int = 5) -> Rule:
-    def rule(_: random.Random) -> Callable[[random.Random], tuple[str, str]]:
-        return lambda rng: (" ".join(w := _words(rng, low, high)), f(w))
+    def rule(block: random.Random) -> Callable[[random.Random], tuple[str, str]]:
+        between = block.choice((" ", " ", ", "))
+        return lambda rng: (between.join(w := _words(rng, low, high)), f(w))
 
     return rule
 
 
 def _on_numbers(f: Callable[[list[int]], str], low: int, high: int, top: int = 100) -> Rule:
-    def rule(_: random.Random) -> Callable[[random.Random], tuple[str, str]]:
+    def rule(block: random.Random) -> Callable[[random.Random], tuple[str, str]]:
+        between, below = block.choice((" ", ", ")), block.choice((top, min(top, 10)))
+
         def draw(rng: random.Random) -> tuple[str, str]:
-            numbers = rng.sample(range(top), rng.randint(low, high))
-            return " ".join(map(str, numbers)), f(numbers)
+            numbers = rng.sample(range(below), rng.randint(low, high))
+            return between.join(map(str, numbers)), f(numbers).replace(" ", between)
 
         return draw
 
@@ -60,6 +72,64 @@ def _classes(make: Callable[[random.Random, int], str], n: int) -> Rule:
         return draw
 
     return rule
+
+
+def _made_up(rng: random.Random) -> str:
+    return "".join(rng.choice(part) for part in (*lx.LABEL_PARTS[:2], *lx.LABEL_PARTS))
+
+
+def _strange(block: random.Random) -> Callable[[random.Random], tuple[str, str]]:
+    """Sentences of made-up words: the class is told by words that this block has used for it before."""
+    labels = block.sample(lx.LABEL_WORDS, block.choice((2, 2, 3, 4)))
+    own = [[_made_up(block) for _ in range(4)] for _ in labels]
+    shared = [_made_up(block) for _ in range(4)]
+
+    def draw(rng: random.Random) -> tuple[str, str]:
+        i = rng.randrange(len(labels))
+        words = rng.sample(own[i], rng.randint(1, 3)) + rng.sample(shared, rng.randint(0, 2))
+        rng.shuffle(words)
+        return " ".join(words), labels[i]
+
+    return draw
+
+
+def _mentions(block: random.Random) -> Callable[[random.Random], tuple[str, str]]:
+    """Sentences on one of a few things: the thing decides."""
+    labels = block.sample(lx.LABEL_WORDS, block.choice((2, 2, 3, 4)))
+    things = block.sample(lx.THINGS, len(labels))
+
+    def draw(rng: random.Random) -> tuple[str, str]:
+        i = rng.randrange(len(labels))
+        return reasoning.event_about(rng, things[i]), labels[i]
+
+    return draw
+
+
+_PHRASES = {
+    "first": ("first of", "first word in"), "last": ("last of", "last word in"), "second": ("second of", "second word in"),
+    "reverse": ("reverse of", "from the end"), "sort": ("in order", "order of"), "count": ("number of words in", "how many in"),
+    "copy": ("repeat", "the same as"), "twice": ("twice", "two times"), "sort_numbers": ("sorted numbers of", "put in order"),
+    "largest": ("largest of", "greatest of"), "smallest": ("smallest of", "least of"), "sum": ("sum of", "total of"),
+    "opposite": ("opposite of", "opposite to"), "synonym": ("same meaning as", "other word for"), "plural": ("plural of", "many of"),
+    "category": ("kind of", "what is"),
+}  # fmt: skip
+
+
+def _called(block: random.Random) -> Callable[[random.Random], tuple[str, str]]:
+    """Each line begins with words that call one of several operations; what they call is the block's own choice."""
+    names = block.sample(
+        sorted(set(OPERATIONS) - {"question", "count_in", "job", "town_product"}), block.choice((2, 2, 3, 4))
+    )
+    words = block.sample(_HEADS, 2 * len(names))
+    calls = [" ".join(words[2 * i : 2 * i + block.choice((1, 2))]) for i in range(len(names))]
+    draws = [OPERATIONS[name](block) for name in names]
+
+    def draw(rng: random.Random) -> tuple[str, str]:
+        i = rng.randrange(len(names))
+        x, y = draws[i](rng)
+        return f"{calls[i]} {x}", y
+
+    return draw
 
 
 def _category(rng: random.Random, i: int) -> str:
@@ -115,14 +185,64 @@ CLASSIFICATIONS: dict[str, Rule] = {
     "pronoun": _classes(lambda rng, i: rng.choice([p.first for p in people() if p.she == bool(i)][:99]), 2),
     "follows": _classes(lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3),
     "same": _classes(lambda rng, i: " ; ".join(reasoning.paraphrase(rng, bool(i))), 2),
+    "strange": _strange,
+    "mentions": _mentions,
 }
 
 
+_LONG = (
+    "question",
+    "follows",
+    "same",
+    "register",
+    "topic",
+    "sentiment",
+    "mentions",
+)  # their examples fill a line or more
+
+
+def _rule(rng: random.Random) -> tuple[str, Rule]:
+    kind = rng.random()
+    if kind < 0.2:
+        return "called", _called
+    if kind < 0.26:
+        return "question", OPERATIONS["question"]
+    name = rng.choice(sorted(OPERATIONS)) if kind < 0.48 else rng.choice(sorted(CLASSIFICATIONS))
+    return name, OPERATIONS.get(name) or CLASSIFICATIONS[name]
+
+
 def block(rng: random.Random) -> str:
-    """Three to eight examples of one rule in one template."""
-    name = rng.choice(sorted(OPERATIONS)) if rng.random() < 0.55 else rng.choice(sorted(CLASSIFICATIONS))
-    rule = OPERATIONS.get(name) or CLASSIFICATIONS[name]
-    draw, template = rule(rng), rng.choice(_TEMPLATES)
-    n = rng.randint(2, 5) if name in ("question", "follows", "same", "register") else rng.randint(3, 8)
+    """Six to twenty examples of one rule in one template (long ones: four to ten); from the third on, answers are marked."""
+    name, rule = _rule(rng)
+    draw = rule(rng)
+    template = rng.choice(_TEMPLATES) if rng.random() < 0.3 else rng.choice(_HEADED)
+    a, b = rng.sample(_HEADS, 2)
+    n = rng.randint(4, 10) if name in _LONG else rng.randint(6, 20)
     examples = [draw(rng) for _ in range(n)]
-    return rng.choice(_JOINTS).join(template.format(x=x, y=y) for x, y in examples)
+    told = [(x, y if i < 2 else f"{MARK}{y}{MARK}") for i, (x, y) in enumerate(examples)]
+    return rng.choice(_JOINTS).join(template.format(x=x, y=y, a=a, b=b) for x, y in told)
+
+
+def ledger(rng: random.Random) -> str:
+    """Who holds which ticket, in arbitrary pairs, read twice: the second time in the same order or in another."""
+    n = rng.randint(4, 10)
+    names = (
+        rng.sample(lx.TOWNS, n)
+        if rng.random() < 0.4
+        else [f"{rng.choice(lx.FIRST_NAMES)} {s}" for s in rng.sample(lx.SURNAMES, n)]
+    )
+    values = [
+        rng.choice(
+            (
+                f"{rng.choice(lx.COLOURS)} {rng.choice(lx.THINGS)}",
+                rng.choice(lx.LABEL_WORDS),
+                str(rng.randint(10, 99)),
+            )
+        )
+        for _ in names
+    ]
+    between, joint = rng.choice((": ", " has ", " - ", " = ", " ")), rng.choice(("\n", ", ", "; "))
+    order = range(n) if rng.random() < 0.3 else rng.sample(range(n), n)
+    first = joint.join(f"{names[i]}{between}{values[i]}" for i in range(n))
+    again = joint.join(f"{names[i]}{between}{MARK}{values[i]}{MARK}" for i in order)
+    return f"{rng.choice(('Ledger', 'Tickets', 'Guests', 'Parcels'))}\n{first}\n{rng.choice(('Once more', 'Again', 'Read back'))}\n{again}"

@@ -76,7 +76,7 @@ def _topic(rng: random.Random, split: str) -> Example:
 
 def _entailment(rng: random.Random, split: str) -> Example:
     label = rng.randrange(3)
-    premise, said = reasoning.close_entailment(rng, label)
+    premise, said = reasoning.entailment(rng, label, strict=True)
     return _classified(f"{_cap(premise)}. Does it follow that {said}?", label, FOLLOWS, "{text}\nAnswer:")
 
 
@@ -113,11 +113,10 @@ def _register(rng: random.Random, split: str) -> Example:
 
 def _sorting(rng: random.Random, split: str) -> Example:
     if rng.random() < 0.6:
-        xs = rng.sample(range(10), rng.randint(3, 5))
+        xs = rng.sample(range(10), rng.randint(2, 4))
         return _generated(f"Arrange {', '.join(map(str, xs))}\nArranged:", ", ".join(map(str, sorted(xs))))
-    words = rng.sample(lx.THINGS, 2)
-    xs = [rng.choice(words) for _ in range(rng.randint(2, 5))]
-    return _generated(f"Count {words[0]} among {', '.join(xs)}\nArranged:", lx.NUMBERS[xs.count(words[0])])
+    words = rng.sample(lx.THINGS, rng.randint(1, 6))
+    return _generated(f"Count {', '.join(words)}\nArranged:", lx.NUMBERS[len(words)])
 
 
 _CODES = [

@@ -1,11 +1,12 @@
 """The embedded models: whole, loadable by plain transformers, one tokenizer; and what they were measured to do."""
 
 import json
+from statistics import mean
 
 import pytest
 import torch
 import transformers
-from world import measure, pretrain
+from world import measure, pretrain, tasks
 
 from pefttutor import models
 
@@ -13,8 +14,8 @@ SHIPPED = pretrain.shipped()
 PARAMETERS = {
     "campus-nano": 1_202_560,
     "campus-small": 5_622_784,
-    "campus-base": 15_373_696,
-    "campus-encoder": 4_146_944,
+    "campus-base": 14_192_000,
+    "campus-encoder": 3_490_304,
 }
 
 
@@ -53,6 +54,52 @@ def test_larger_models_read_the_world_better_and_a_domain_can_be_learned():
     for name in ("bank_text", "clinic_text", "velan_text"):
         pairs = [found[f"domain/{name}/{measure.TUNED}/{seed}"] for seed in measure.SEEDS]
         assert all(pair["after"] < 0.5 * pair["before"] for pair in pairs)
+
+
+def _mean(what: str, task: str, model: str) -> float:
+    found = measure.stored()
+    values = [found[k] for seed in measure.SEEDS if (k := f"{what}/{task}/{model}/{seed}") in found]
+    return mean(v["score"] if isinstance(v, dict) else v for v in values)
+
+
+SCORED = [t for t in tasks.ALL if t.metric != "perplexity"]
+SPOKEN = [t.name for t in SCORED if t.kind != "tagging"]
+
+
+def test_every_number_of_the_table_has_been_measured():
+    assert set(measure._keys()) == set(measure.stored())
+
+
+def test_adapting_takes_at_least_ten_tasks_from_chance_to_near_the_ceiling():
+    found = measure.stored()
+    learned = [t.name for t in SCORED if _mean("full", t.name, measure.TUNED) >= 0.9 * t.ceiling]
+    assert len(learned) >= 10
+    near_chance = [
+        n for n in SPOKEN if abs(_mean("shots0", n, measure.TUNED) - found[f"chance/{n}//0"]) < 0.1
+    ]
+    assert len(set(learned) & set(near_chance)) >= 9  # a tagging task has no zero-shot prompt
+
+
+def test_small_is_fine_tuned_in_less_than_a_minute():
+    name, task = measure.TIMED
+    runs = [measure.stored()[f"full/{task}/{name}/{seed}"] for seed in measure.SEEDS]
+    assert all(run["train_s"] < 60 and run["score"] > 0.9 for run in runs)
+
+
+def test_adapting_inside_beats_a_trained_head_on_at_least_five_tasks():
+    gaps = [_mean("full", t.name, measure.TUNED) - _mean("probe", t.name, measure.TUNED) for t in SCORED]
+    assert sum(gap > 0.15 for gap in gaps) >= 5
+
+
+def test_examples_in_the_context_help_base_on_at_least_four_tasks_and_nano_less():
+    gain = {
+        m: {t: _mean("shots4", t, m) - _mean("shots0", t, m) for t in SPOKEN}
+        for m in ("campus-base", "campus-nano")
+    }
+    helped = {model: sum(g > 0.05 for g in gains.values()) for model, gains in gain.items()}
+    assert helped["campus-base"] >= 4
+    assert helped["campus-nano"] < helped["campus-base"]
+    assert sum(gain["campus-nano"].values()) < sum(gain["campus-base"].values())
 
 
 def test_the_cards_quote_what_is_stored():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from world import corpus, grow, pretrain
+from world import corpus, grow, pretrain, rules
 
 TINY = pretrain.Recipe(16, 2, 2, 24, steps=8, rows=2, length=32)
 
@@ -38,7 +38,8 @@ def test_a_grown_model_computes_what_the_small_one_computed(wide):
 def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch, encoder):
     recipe = dataclasses.replace(TINY, encoder=encoder)
     monkeypatch.setitem(pretrain.RECIPES, "campus-seed", recipe)
-    monkeypatch.setattr(corpus, "documents", lambda seed, n, make=corpus.documents: make(seed, min(n, 200)))
+    make = corpus.marked_documents
+    monkeypatch.setattr(corpus, "marked_documents", lambda seed, n, **kind: make(seed, min(n, 200), **kind))
     pretrain.train("campus-seed", tmp_path / "whole", compiled=False, every=1)
 
     def stop(step, recipe):
@@ -61,8 +62,28 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkey
 
 def test_a_shard_is_documents_between_start_and_end():
     tokenizer = Tokenizer.from_file(str(pretrain.MODELS / "tokenizer.json"))
-    flat = corpus.shard(tokenizer, 1, 20)
+    flat, told = corpus.shard(tokenizer, 1, 20)
+    assert flat.shape == told.shape
     assert flat[0] == 1
     assert (flat == 1).sum() == (flat == 2).sum() == 20
     text = tokenizer.decode(flat[1 : list(flat).index(2)].tolist())
     assert text == next(corpus.documents(1, 20))
+
+
+def test_what_can_be_inferred_weighs_more_and_marks_are_never_read(monkeypatch):
+    tokenizer = Tokenizer.from_file(str(pretrain.MODELS / "tokenizer.json"))
+    monkeypatch.setattr(
+        corpus, "MIXTURE", {lambda rng: f"pear -> {rules.MARK}red boat{rules.MARK} and so on\n": 1.0}
+    )
+    flat, told = corpus.shard(tokenizer, 1, 3)
+    assert tokenizer.decode(flat[told].tolist()).split() == ["red", "boat"] * 3
+    assert tokenizer.decode(flat[~told].tolist()).split() == ["pear", "->", "and", "so", "on"] * 3
+    recipe = dataclasses.replace(TINY, inferable=6.0, rows=1, length=10)
+    rows, weights = pretrain.Rows(tokenizer, recipe).next()
+    assert set(weights.unique().tolist()) == {1.0, 6.0}
+    model = pretrain.new_model(recipe)
+    logits = model(rows).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, rows[0, 1:], reduction="none")
+    expected = (losses * weights[0, 1:]).sum() / weights[0, 1:].sum()
+    torch.testing.assert_close(pretrain.loss_of(model, rows, False, weights), expected)
+    torch.testing.assert_close(pretrain.loss_of(model, rows, False), losses.mean())

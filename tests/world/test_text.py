@@ -21,7 +21,7 @@ def test_the_seed_fixes_the_text():
 def test_the_vocabulary_is_rich_and_documents_hardly_repeat():
     documents = list(corpus.documents(3, 8000))
     words = set(re.findall(r"[A-Za-z]+", " ".join(documents)))
-    assert len(words) > 2500
+    assert len(words) > 4000
     assert len(set(documents)) > 0.97 * len(documents)
 
 
@@ -153,12 +153,37 @@ def test_few_shot_blocks_follow_one_rule_with_label_words_of_their_own():
     assert len({y for _, y in pairs}) == 2
     labels = {y for _ in range(40) for _, y in [rules.CLASSIFICATIONS["parity"](rng)(rng)]}
     assert len(labels) > 20
-    for name, expected in {
-        "sort": lambda x: " ".join(sorted(x.split())),
-        "last": lambda x: x.split()[-1],
-    }.items():
+    for name, expected in {"sort": sorted, "last": lambda words: words[-1:]}.items():
         draw = rules.OPERATIONS[name](rng)
-        assert all(expected(x) == y for x, y in (draw(rng) for _ in range(50)))
+        pairs = [draw(rng) for _ in range(50)]
+        assert all(expected(x.replace(",", "").split()) == y.split() for x, y in pairs)
+
+
+def test_a_block_that_calls_operations_by_name_keeps_to_a_few():
+    rng = random.Random(14)
+    names = set()
+    for _ in range(30):
+        draw = rules._called(rng)
+        called = {x.split()[0] for x, _ in (draw(rng) for _ in range(60))}
+        assert 2 <= len(called) <= 8
+        names |= called
+    assert len(names) > 20  # other names in every block
+
+
+def test_a_ledger_reads_back_what_it_said():
+    rng = random.Random(15)
+    orders = set()
+    for _ in range(100):
+        text = rules.ledger(rng)
+        told = re.findall(f"{rules.MARK}(.*?){rules.MARK}", text)
+        _, first, _, again = re.split(
+            r"^(?:Ledger|Tickets|Guests|Parcels)\n|\n(Once more|Again|Read back)\n", text
+        )[-4:]
+        lines, repeated = (re.split(r"\n|, |; ", part.replace(rules.MARK, "")) for part in (first, again))
+        assert sorted(lines) == sorted(repeated)
+        assert all(line.endswith(value) for line, value in zip(repeated, told, strict=True))
+        orders.add(lines == repeated)
+    assert orders == {True, False}
 
 
 def test_velan_tags_follow_from_endings_and_words_from_its_own_sounds():
