@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pefttutor.method import adapted as adapted
     from pefttutor.method import freeze as freeze
     from pefttutor.method import trainable as trainable
+    from pefttutor.selective import *  # noqa: F403
     from pefttutor.storage import load as load
     from pefttutor.storage import save as save
     from pefttutor.train import History as History
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pefttutor.train import fit as fit
     from pefttutor.trainer_callback import callback as callback
 
-METHOD_FOLDERS = ("lowrank",)  # each names its method classes in the `__all__` of its `__init__`
+METHOD_FOLDERS = ("lowrank", "selective")  # each names its method classes in the `__all__` of its `__init__`
 _FUNCTIONS = {
     "adapted": "method",
     "freeze": "method",
@@ -44,7 +45,19 @@ _FUNCTIONS = {
     "evaluate": "train",
     "fit": "train",
 }
-_MODULES = ("bench", "check", "data", "kernels", "losses", "method", "models", "storage", "train", "widgets")
+_MODULES = (
+    "bench",
+    "check",
+    "data",
+    "kernels",
+    "losses",
+    "memory",
+    "method",
+    "models",
+    "storage",
+    "train",
+    "widgets",
+)
 
 
 def methods() -> dict[str, type]:

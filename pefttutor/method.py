@@ -20,6 +20,7 @@ __all__ = [
     "Method",
     "adapted",
     "adopt",
+    "described_base",
     "find_modules",
     "freeze",
     "mark",
@@ -29,6 +30,7 @@ __all__ = [
     "saved_tensors",
     "switch_merged",
     "trainable",
+    "unmark",
 ]
 
 
@@ -42,6 +44,13 @@ class Method(Protocol):
     optimizer(model, *, lr, weight_decay) -> torch.optim.Optimizer      instead of AdamW
     merge(model), unmerge(model) -> model     fold the change into the weights, take it out again
     count(model) -> int                       trained parameters by the closed formula, without attaching
+    restore(model, tensors) -> model          `attach` with what was saved, where attaching anew would choose again
+    loaded(model) -> None                     the saved values have been copied in
+    trace(layer, x, tape, kind) -> Paper      what a layer that `attach` put in keeps for the backward pass, for
+                                              `pefttutor.memory`; None for any other layer. Without it, such a layer
+                                              is run alone, without values
+    memory(model) -> dict                     {"gradients": n, "optimizer": n}: for how many values they are kept, where
+                                              these aren't all that train
     """
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -71,16 +80,25 @@ class _Mark:
     method: Method
     names: tuple[str, ...]  # of the tensors that the method added or trains: what is saved
     merged: bool = False
+    described: dict[str, Any] | None = None  # the base, where training changes it in place
 
 
-def mark(model: nn.Module, method: Method, *, buffers: Iterable[str] = ()) -> nn.Module:
+def mark(
+    model: nn.Module, method: Method, *, buffers: Iterable[str] = (), described: dict[str, Any] | None = None
+) -> nn.Module:
     """Note on `model` that `method` is attached: the last thing that every `attach` does.
 
-    What requires a gradient now, and the named buffers, are what `pefttutor.save` will save.
+    What requires a gradient now, and the named buffers, are what `pefttutor.save` will save. `described` is
+    `describe_base` of the model as it came, for a method that changes the base's own weights.
     """
-    vars(model)["_pefttutor"] = _Mark(method, (*trainable(model), *buffers))
+    vars(model)["_pefttutor"] = _Mark(method, (*trainable(model), *buffers), described=described)
     _open_to_checkpointing(model)
     return model
+
+
+def unmark(model: nn.Module) -> None:
+    """Forget that a method is attached, for a method that attaches anew with another choice."""
+    vars(model).pop("_pefttutor", None)
 
 
 def _find_mark(model: nn.Module) -> tuple[str, _Mark] | None:
@@ -127,6 +145,12 @@ def switch_merged(model: nn.Module, method: type, *, to: bool) -> None:
             else "this model isn't merged, so there is nothing to unmerge."
         )
     found[1].merged = to
+
+
+def described_base(model: nn.Module) -> dict[str, Any] | None:
+    """What `mark` was told about the base before training."""
+    found = _find_mark(model)
+    return found[1].described if found else None
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

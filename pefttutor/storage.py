@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pefttutor
 from pefttutor.files import write_atomically
 from pefttutor.identity import check_base, describe_base
-from pefttutor.method import Method, adapted, merged, refuse_adapted, saved_tensors
+from pefttutor.method import Method, adapted, described_base, merged, refuse_adapted, saved_tensors
 
 __all__ = ["load", "save"]
 
@@ -47,7 +47,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "format": FORMAT,
         "method": type(method).__name__,
         "fields": dataclasses.asdict(method),  # type: ignore[call-overload]
-        "base": describe_base(model, without=tensors.keys()),
+        "base": described_base(model) or describe_base(model, without=tensors.keys()),
     }
     text = json.dumps(description, indent=1)
     whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -70,11 +70,13 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     with _restored_on_error(model):
         names = dict(model.named_parameters())
         check_base(model, description["base"], without=[name for name in tensors if name in names])
-        method.attach(model)
+        method.restore(model, tensors) if hasattr(method, "restore") else method.attach(model)
         into = saved_tensors(model)
         _check_tensors(into, tensors, path)
     for name, tensor in into.items():
         tensor.copy_(tensors[name])
+    if hasattr(method, "loaded"):
+        method.loaded(model)
     return model
 
 

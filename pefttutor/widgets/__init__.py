@@ -1,11 +1,14 @@
 """Pictures to look inside a model: a static figure first, the sliders second.
 
-`Explorer` turns any function that draws a figure into a widget; `ranks` shows the rank of what a method learnt.
+`Explorer` turns any function that draws a figure into a widget; `ranks` shows the rank of what a method learnt,
+`masks` which entries a method trains, `memory` what a training step needs and what to change to make it fit.
 """
 
 # Imported here, not on demand: `widgets.ranks` must be the callable, never the submodule of the same name.
 from pefttutor.widgets.explorer import Explorer
+from pefttutor.widgets.masks import masks
+from pefttutor.widgets.memory import memory
 from pefttutor.widgets.ranks import ranks
 from pefttutor.widgets.style import Picture
 
-__all__ = ["Explorer", "Picture", "ranks"]
+__all__ = ["Explorer", "Picture", "masks", "memory", "ranks"]

@@ -30,6 +30,15 @@ whole = 1.0
 whole = share(model)
 widgets.ranks(model, score=share, score_name="share", rank=2)
 """
+MASKS = """
+import torch
+from pefttutor import widgets
+
+drawn = torch.Generator().manual_seed(0)
+shapes = {f"layers.{i}.{part}.weight": (40, 60) for i in range(4) for part in ("q_proj", "up_proj")}
+scores = {name: torch.rand(shape, generator=drawn) for name, shape in shapes.items()}
+mine = {name: torch.rand(shape, generator=drawn) < 0.05 for name, shape in shapes.items()}
+"""
 FAILING = """
 def draw(rank):
     if rank == 2:
@@ -131,4 +140,27 @@ def test_an_error_is_shown_where_the_reader_looks(lab):
     page.keyboard.press("ArrowRight")
     alert.wait_for(state="detached")
     assert caption(page).text_content() == "rank 3 drawn"
+    assert opened.problems() == []
+
+
+def test_masks_follow_the_choice_of_method_tensor_and_fraction(lab):
+    opened = lab.open(
+        "masks.ipynb", [MASKS, "widgets.masks.figure({'drawn': scores, 'mine': mine})",
+                        "widgets.masks({'drawn': scores, 'mine': mine})"],
+    )  # fmt: skip
+    page = opened.page
+    assert page.locator(".jp-RenderedImage img").count() == 1  # the figure that comes first
+    assert "drawn chooses 0.10% of all entries" in caption(page).text_content()
+    before = picture(page)
+    method, _, tensor, fraction = page.locator(".widget-dropdown select").all()
+    fraction.select_option("0.3")
+    shows(page, "drawn chooses 30.00% of all entries")
+    more = picture(page)
+    assert more[2] != before[2]
+    tensor.select_option("layers.3.up_proj.weight")
+    shows(page, "of layers.3.up_proj.weight (40, 60)")
+    method.select_option("mine")
+    shows(page, "mine chooses")
+    assert picture(page)[2] != more[2]
+    opened.shot("masks")
     assert opened.problems() == []

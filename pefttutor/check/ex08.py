@@ -1,0 +1,72 @@
+"""Notebook 08, selection by rule: which parameters are biases, which entries are smallest, and a step on them only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.check.compare import same_result
+from pefttutor.check.core import exercise
+from pefttutor.check.ex08_answers import (
+    MASKS_MISTAKES,
+    NAMES_MISTAKES,
+    STEP_MISTAKES,
+    bias_names,
+    masked_step,
+    smallest_masks,
+)
+
+
+def _draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class _Block(nn.Module):
+    """Names that contain and end like "bias", and layers without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 6), nn.Linear(4, 6, bias=False)
+        self.relative_bias = nn.Embedding(5, 2)
+        self.norm, self.conv = nn.LayerNorm(6), nn.Conv1d(2, 3, 1)
+        self.unbias = nn.Parameter(torch.ones(3))
+
+
+def _small_model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        model = nn.ModuleDict({"embed": nn.Embedding(7, 4)})
+        model["layers"] = nn.ModuleList(_Block() for _ in range(2))
+        model["score"] = nn.Linear(6, 3)
+    return model
+
+
+@exercise("08.1", reference=bias_names)
+def ex08_1(attempt: Any) -> None:
+    """A model with misleading names; it must come out as it went in."""
+    same_result(attempt, bias_names, {"model": _small_model()}, mistakes=NAMES_MISTAKES)
+
+
+@exercise("08.2", reference=smallest_masks)
+def ex08_2(attempt: Any) -> None:
+    """Tensors of different shapes and scales; a quarter of n = 48, a share that doesn't divide it, and everything."""
+    weights = {"a": _draw(5, 3, seed=1), "b": 0.3 * _draw(9, seed=2) + 0.2, "c": 2 * _draw(2, 4, 3, seed=3)}
+    for fraction in (0.25, 0.3, 1.0):
+        inputs = {"weights": weights, "fraction": fraction}
+        same_result(attempt, smallest_masks, inputs, mistakes=MASKS_MISTAKES)
+
+
+@exercise("08.3", reference=masked_step)
+def ex08_3(attempt: Any) -> None:
+    """A weight that isn't square, with a velocity that isn't zero, neither inside nor outside the mask."""
+    inputs = {
+        "weight": _draw(3, 5, seed=4),
+        "grad": _draw(3, 5, seed=5),
+        "velocity": _draw(3, 5, seed=6),
+        "mask": _draw(3, 5, seed=7) > 0.3,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "decay": 0.2,
+    }
+    same_result(attempt, masked_step, inputs, mistakes=STEP_MISTAKES)

@@ -1,0 +1,123 @@
+"""Each sample's own gradient of a layer's parameter, from what went into the layer and what came back to it.
+
+A batch's gradient is a sum over samples. Before the sum there is, for input a (B, T, in) and gradient δ (B, T, out)
+at the output y of
+
+    y = a Wᵀ + b:     G_W[s] = δ[s]ᵀ a[s]           G_b[s] = Σ_t δ[s, t]
+    y = a W + b:      G_W[s] = a[s]ᵀ δ[s]           (GPT-2's Conv1D stores W as (in, out))
+    y = E[ids]:       G_E[s, v] = Σ_{t: ids[s, t] = v} δ[s, t]
+    y = γ · x̂ + β:    G_γ[s] = Σ_t δ[s, t] · x̂[s, t]
+
+which costs what the batch's own gradient costs. B gradients at once would be B times as large as the parameter, so
+they are made a few rows of the parameter at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["kind_of", "knows", "own_squares", "rows", "scaled_input", "squares"]
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """Which of the formulas is the layer's. Exact types, because a subclass may compute something else; by name
+    for those that libraries define themselves."""
+    name = type(layer).__name__
+    if type(layer) is nn.Linear or name == "Conv1D":
+        return "linear" if name == "Linear" else "conv1d"
+    if type(layer) is nn.Embedding:
+        plain = layer.max_norm is None and not layer.scale_grad_by_freq
+        return "embedding" if plain else None
+    if type(layer) is nn.LayerNorm or name.endswith("RMSNorm"):
+        weight = getattr(layer, "weight", None)
+        return "norm" if isinstance(weight, Tensor) and weight.dim() == 1 else None
+    return None
+
+
+def knows(layer: nn.Module) -> bool:
+    """Whether this file has the formula of each of the layer's own parameters."""
+    return kind_of(layer) is not None and set(layer._parameters) <= {"weight", "bias"}
+
+
+def rows(layer: nn.Module, name: str, a: Tensor, delta: Tensor, first: int, last: int) -> Tensor:
+    """Each sample's gradient of rows first … last − 1 of the layer's parameter `name`.
+
+    Shapes: a (B, T, in), for an embedding ids (B, T); delta (B, T, out) → (B, last − first, …).
+    """
+    kind = kind_of(layer)
+    if name == "bias":
+        return delta[..., first:last].sum(1)
+    if kind == "linear":
+        return delta[..., first:last].transpose(1, 2) @ a  # (B, rows, in)
+    if kind == "conv1d":
+        return a[..., first:last].transpose(1, 2) @ delta  # (B, rows, out)
+    if kind == "norm":
+        return (delta[..., first:last] * a[..., first:last]).sum(1)
+    wanted = (a >= first) & (a < last) & _counts(layer, a)  # (B, T)
+    sample, position = wanted.nonzero(as_tuple=True)
+    out = delta.new_zeros(len(a) * (last - first), delta.shape[-1])
+    out.index_add_(0, sample * (last - first) + a[wanted] - first, delta[sample, position])
+    return out.view(len(a), last - first, -1)
+
+
+def squares(
+    uses: list[tuple[nn.Module, str, Tensor, Tensor]], into: Tensor, *, samples: int, max_bytes: int
+) -> None:
+    """Add Σ_s G[s]² to `into`, where G[s] is the sum over all uses of one parameter (a tied weight has several)."""
+    width = into.numel() // len(into)
+    step = max(1, max_bytes // (samples * width * uses[0][3].element_size()))
+    for first in range(0, len(into), step):
+        last = min(first + step, len(into))
+        gradients = rows(*uses[0], first, last)  # (B, rows, …)
+        for use in uses[1:]:
+            gradients = gradients + rows(*use, first, last)
+        into[first:last] += gradients.to(into.dtype).square_().sum(0)
+
+
+def own_squares(layer: nn.Module, name: str, a: Tensor, delta: Tensor, into: Tensor) -> bool:
+    """Shorter ways for a parameter with a single use, where there is one; returns whether there was.
+
+    One token a sample: G² = δ²ᵀ a², a product of two matrices. An embedding: only the rows that occur.
+    """
+    kind = kind_of(layer)
+    if name == "weight" and kind in ("linear", "conv1d") and a.shape[1] == 1:
+        a, delta = (x[:, 0].to(into.dtype).square() for x in (a, delta))
+        into += delta.t() @ a if kind == "linear" else a.t() @ delta
+        return True
+    if kind != "embedding":
+        return False
+    sample, position = _counts(layer, a).nonzero(as_tuple=True)
+    ids = a[sample, position]
+    pairs, which = torch.unique(sample * len(into) + ids, return_inverse=True)  # (sample, row) that occur
+    summed = into.new_zeros(len(pairs), into.shape[1])
+    summed.index_add_(0, which, delta[sample, position].to(into.dtype))
+    into.index_add_(0, pairs % len(into), summed.square())
+    return True
+
+
+def _counts(layer: Any, ids: Tensor) -> Tensor:
+    """Where an embedding's row gets a gradient: not at its padding index."""
+    return torch.ones_like(ids, dtype=torch.bool) if layer.padding_idx is None else ids != layer.padding_idx
+
+
+def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """x̂ of a norm y = γ · x̂ + β (or (1 + γ) · x̂): what γ multiplies, whatever the layer does to get it."""
+    zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters(recurse=False)}
+    one = zero | {"weight": torch.ones_like(zero["weight"])}
+    forward = type(layer).forward
+    with torch.no_grad():
+        at_one, at_zero = (_with(layer, values, forward, x) for values in (one, zero))
+    return at_one - at_zero
+
+
+def _with(layer: nn.Module, values: dict[str, Tensor], forward: Any, x: Tensor) -> Tensor:
+    """The layer's forward with other parameters, without its hooks."""
+    try:
+        vars(layer).update(values)  # found before the registered parameters
+        return forward(layer, x)
+    finally:
+        for name in values:
+            vars(layer).pop(name)

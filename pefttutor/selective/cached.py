@@ -1,0 +1,87 @@
+"""Frozen blocks computed once: what they put out is kept for each batch, and played back in every later epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.selective.layers import blocks
+
+__all__ = ["CachedPrefix"]
+
+
+class CachedPrefix:
+    """The leading blocks of a model in which nothing trains, and a way to skip them.
+
+        prefix = CachedPrefix(model)
+        kept = [prefix.compute(batch) for batch in batches]            # once
+        with prefix.skipped(kept[i]):
+            loss = model(**batches[i]).loss                            # the same number, without those blocks
+
+    Right only while the prefix is a fixed function: in evaluation mode or without dropout.
+
+    Cost: keeps (batch, seq, d) a batch; saves the prefix's forward pass in every epoch but one.
+    Raises: ValueError if the first block trains, or something below the blocks does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        name, self.stack = blocks(model)
+        trains = [any(p.requires_grad for p in block.parameters()) for block in self.stack]
+        self.depth = trains.index(True) if any(trains) else len(trains)
+        before = [
+            n
+            for n, p in model.named_parameters()
+            if p.requires_grad and not n.startswith(name) and "embed" in n
+        ]
+        if self.depth == 0 or before:
+            raise ValueError(
+                f"no block can be skipped: {before[0] if before else f'{name}.0'} trains. Freeze what lies below."
+            )
+        self.model = model
+
+    def compute(self, batch: Mapping[str, Any]) -> Any:
+        """What the last frozen block puts out for a batch."""
+        kept: list[Any] = []
+        handle = self.stack[self.depth - 1].register_forward_hook(
+            lambda block, args, output: kept.append(output)
+        )
+        try:
+            with torch.no_grad():
+                self.model(**batch)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @contextmanager
+    def skipped(self, output: Any) -> Iterator[None]:
+        """Within the block, the frozen blocks aren't run: `output` stands for what they give."""
+        real = list(self.stack)[: self.depth]
+        try:
+            for i in range(self.depth):
+                self.stack[i] = _Played(output)
+            yield
+        finally:
+            for i, block in enumerate(real):
+                self.stack[i] = block
+
+
+class _Played(nn.Module):
+    """Gives what a block has given, whatever goes in."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask a block what kind of attention it has before calling it.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return None

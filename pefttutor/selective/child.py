@@ -1,0 +1,105 @@
+"""Child-Tuning: update a part of the network in each step, drawn at random (F) or chosen by the task (D).
+
+w ← w − η · g ⊙ M                                                              (4.6)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor import method as base
+from pefttutor.selective import entries
+from pefttutor.selective.information import fisher_information
+
+__all__ = ["ChildTuningD", "ChildTuningF"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildTuningF:
+    """Full fine-tuning with a random part of the gradient in each step: a regulariser, not a saving.
+
+    g ← g ⊙ M / p_F,   M ~ Bernoulli(p_F), fresh in each step
+
+    p_F: chance of an entry to keep its gradient. Dividing by it makes the expected gradient that of full
+        fine-tuning; the chapter's eq. 4.6 and 4.7 leave it out, the authors' code has it.
+    seed: of the masks. A step's masks depend on the seed and the step alone, so an interrupted run can go on.
+
+    All gradients are computed, all entries have optimizer state, and momentum and weight decay move every entry in
+    every step: this is noise on the gradient, as published. With p_F = 1 it is full fine-tuning.
+
+    Cost: that of full fine-tuning, and a draw an entry in each step.
+    Raises: ValueError for p_F outside (0, 1].
+    Source: Xu et al. 2021, arXiv:2109.05687, eq. 1; chapter eq. 4.6 and 4.7.
+    """
+
+    p_F: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        entries.check_fraction(self, "p_F")
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Let every parameter of `model` train and return it. Raises: RuntimeError if it is adapted already."""
+        base.refuse_adapted(model)
+        base.freeze(model)
+        for p in model.parameters():
+            p.requires_grad_(p.is_floating_point())
+        return base.mark(model, self)
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Keep each gradient entry with probability p_F, divided by p_F."""
+        if self.p_F == 1:
+            return
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * step)
+        for p in model.parameters():
+            if p.grad is not None:
+                keep = torch.rand(p.shape, generator=generator) < self.p_F
+                p.grad.mul_(keep.to(p.grad.device)).div_(self.p_F)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildTuningD:
+    """Train the entries with the largest Fisher information on the task, in all steps the same.
+
+    p_D: share of the entries that train, over all tensors but `modules_to_save`. With p_D = 1: full fine-tuning.
+    samples: how many examples are used for choosing; None takes all, as eq. 4.9 says.
+    modules_to_save: modules that train fully, such as a new head ("classifier").
+
+    The entries outside never move: the optimizer doesn't see them. (The authors' code masks gradients before a
+    dense Adam, whose momentum and weight decay move them, and squares the gradient of a batch in place of each
+    example's.)
+
+    Cost: choosing costs about one epoch; training as in `SparseFineTuning`.
+    Raises: ValueError for p_D outside (0, 1].
+    Source: Xu et al. 2021, arXiv:2109.05687, eq. 5 and 6; chapter eq. 4.8 and 4.9.
+    """
+
+    p_D: float = 0.3
+    samples: int | None = None
+    modules_to_save: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        entries.check_fraction(self, "p_D")
+
+    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None, **how: Any) -> nn.Module:
+        """Choose entries by `examples`, freeze the others, and return `model`. `how`: see `fisher_information`.
+
+        Raises: RuntimeError if it is adapted already; ValueError without examples or labels.
+        """
+        return entries.train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save)
+
+    def masks(self, model: nn.Module, examples: Sequence[Any] | None, **how: Any) -> dict[str, Tensor]:
+        """What would be chosen, by the name of each tensor; changes nothing."""
+        if examples is None:
+            raise ValueError("ChildTuningD chooses by data: attach(model, examples), encoded, with labels.")
+        tensors = entries.candidates(model, self.modules_to_save)
+        scores = fisher_information(model, examples, samples=self.samples, **how)
+        k = max(1, int(self.p_D * sum(p.numel() for p in tensors.values())))
+        return entries.largest({name: scores[name] for name in tensors}, k)
+
+    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded

@@ -1,0 +1,86 @@
+"""Fish-Dip: a FISH mask that follows the examples the model still finds hard."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor import method as base
+from pefttutor.evaluation import collator
+from pefttutor.selective import entries
+from pefttutor.selective.information import fisher_information
+
+__all__ = ["FishDip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FishDip:
+    """Choose by Fisher information on the hardest examples, train for a while, and choose again.
+
+        method.attach(model, examples)
+        for _ in range(rounds):
+            pefttutor.fit(model, examples, steps=100)       # the authors' interval
+            method.refresh(model, examples)
+
+    fraction: share of the entries, over all tensors but `modules_to_save`, that train at a time.
+    hardest, share: how many examples with the largest loss choose: min(hardest, share · n), but at least 3.
+    modules_to_save: modules that train fully and are saved along, such as a new head.
+
+    What was trained before a refresh stays as it became. Each `fit` starts with a fresh optimizer. Saved is the
+    last choice alone, so save the whole model if it was refreshed.
+
+    Cost: a refresh costs a forward pass over all examples and the Fisher information on the hardest.
+    Raises: ValueError for a fraction outside (0, 1].
+    Source: Das et al. 2023, arXiv:2311.03748, algorithm 1. (Chapter 4.3.2 says "every training epoch"; the authors'
+        code, every 100 steps.)
+    """
+
+    fraction: float = 0.01
+    hardest: int = 25
+    share: float = 0.1
+    modules_to_save: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        entries.check_fraction(self)
+        entries.check_fraction(self, "share")
+
+    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None) -> nn.Module:
+        """Choose entries by the hardest `examples`, freeze the others, and return `model`."""
+        return entries.train_entries(model, self, self.masks(model, examples), self.modules_to_save)
+
+    def refresh(self, model: nn.Module, examples: Sequence[Any]) -> nn.Module:
+        """Choose again, for the model as it is now. Raises: RuntimeError if no FishDip is attached."""
+        if not isinstance(base.adapted(model), FishDip):
+            raise RuntimeError(f"refresh needs a FishDip attached, and the model has {base.adapted(model)}.")
+        return self.attach(entries.release(model), examples)
+
+    def masks(self, model: nn.Module, examples: Sequence[Any] | None) -> dict[str, Tensor]:
+        """What would be chosen, by the name of each tensor; changes nothing."""
+        if not examples:
+            raise ValueError("FishDip chooses by data: attach(model, examples), encoded, with labels.")
+        tensors = entries.candidates(model, self.modules_to_save)
+        count = max(3, min(self.hardest, int(self.share * len(examples))))
+        order = losses(model, examples).argsort(descending=True, stable=True)[:count]
+        scores = fisher_information(model, [examples[int(i)] for i in order])
+        k = max(1, int(self.fraction * sum(p.numel() for p in tensors.values())))
+        return entries.largest({name: scores[name] for name in tensors}, k)
+
+    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+
+
+def losses(model: nn.Module, examples: Sequence[Any]) -> Tensor:
+    """The loss of each example, in evaluation mode. Shapes: → (n)."""
+    stack, device, training = collator(model), next(model.parameters()).device, model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            found = [
+                model(**{k: v.to(device) for k, v in stack([example]).items()}).loss for example in examples
+            ]
+    finally:
+        model.train(training)
+    return torch.stack(found).cpu()

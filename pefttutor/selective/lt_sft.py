@@ -1,0 +1,101 @@
+"""LT-SFT: fine-tune fully, see which entries moved most, rewind, and train only those.
+
+K = the k largest |θ₁ − θ₀|,   θ ← θ₀,   then train θ_K:   φ = θ₂ − θ₀ has k entries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor import method as base
+from pefttutor.kernels.sparse_adamw import read
+from pefttutor.selective import entries
+
+__all__ = ["LTSFT", "add_differences", "difference"]
+
+Difference = Mapping[
+    str, tuple[Tensor, Tensor]
+]  # flat places (k) and changes (k), by the name of a parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTSFT:
+    """Lottery-ticket sparse fine-tuning: two trainings, of which the first only chooses.
+
+        method.attach(model);  pefttutor.fit(model, …)      # phase 1: everything trains
+        method.rewind(model);  pefttutor.fit(model, …)      # phase 2: back to θ₀, k entries train
+
+    fraction: share of the entries, over all tensors but `modules_to_save`, that train in phase 2.
+    modules_to_save: modules that train fully in both phases, such as a new head; they are rewound too.
+
+    Cost: phase 1 is full fine-tuning and keeps a copy of the weights; phase 2 as `SparseFineTuning`.
+    Raises: ValueError for a fraction outside (0, 1].
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3; chapter 4.3.2, which leaves the rewinding out.
+    """
+
+    fraction: float = 0.05
+    modules_to_save: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        entries.check_fraction(self)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Phase 1: let everything train. Raises: RuntimeError if `model` is adapted already."""
+        base.refuse_adapted(model)
+        entries.candidates(model, self.modules_to_save)  # raises for a wrong name
+        base.freeze(model)
+        for p in model.parameters():
+            p.requires_grad_(p.is_floating_point())
+        vars(model)["_theta_0"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        return base.mark(model, self)
+
+    def rewind(self, model: nn.Module) -> nn.Module:
+        """Phase 2: choose the entries that moved most, put θ₀ back bit for bit, and let only them train.
+
+        Raises: RuntimeError if phase 1 wasn't started with `attach`.
+        """
+        start = vars(model).pop("_theta_0", None)
+        if start is None:
+            raise RuntimeError(
+                "rewind needs phase 1 before it: method.attach(model), train, method.rewind(model)."
+            )
+        tensors = entries.candidates(model, self.modules_to_save)
+        scores = {name: (p.detach() - start[name]).abs() for name, p in tensors.items()}
+        k = max(1, int(self.fraction * sum(p.numel() for p in tensors.values())))
+        chosen = entries.largest(scores, k)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(start[name])
+        base.unmark(model)
+        return entries.train_entries(model, self, chosen, self.modules_to_save)
+
+    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+
+
+def difference(model: nn.Module, start: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """φ = θ₂ − θ₀ at the entries that `model` has trained; `start` is the base it was trained from."""
+    theta_0, theta_2 = dict(start.named_parameters()), dict(model.named_parameters())
+    return {
+        name: (index.long(), read(theta_2[name], index) - read(theta_0[name], index))
+        for name, index in entries.entries(model).items()
+    }
+
+
+def add_differences(model: nn.Module, *differences: Difference) -> nn.Module:
+    """θ₀ + φ_task + φ_language + …, in place. Raises: ValueError for a difference of another model."""
+    parameters = dict(model.named_parameters())
+    for phi in differences:
+        for name, (places, _) in phi.items():
+            if name not in parameters or (len(places) and int(places.max()) >= parameters[name].numel()):
+                raise ValueError(
+                    f"a difference for {name!r} doesn't fit this model; load the base it was made on."
+                )
+    with torch.no_grad():
+        for phi in differences:
+            for name, (places, change) in phi.items():
+                parameters[name].view(-1).index_add_(0, places, change.to(parameters[name].dtype))
+    return model

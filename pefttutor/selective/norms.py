@@ -1,0 +1,52 @@
+"""LayerNorm tuning: train the scale γ and shift β of the normalisations.
+
+y = γ · x̂ + β          x̂ = (x − mean) / deviation;  RMSNorm has γ only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from pefttutor.selective.entries import train_tensors
+
+__all__ = ["LayerNormTuning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormTuning:
+    """Train γ and β of every LayerNorm and γ of every RMSNorm.
+
+    modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
+
+    Cost: 2·d values a LayerNorm, d an RMSNorm (`count`). γ can be folded into the linear layer that follows:
+        W ← W · diag(γ).
+    Raises: ValueError on a model without normalisations.
+    Source: Zhao et al. 2023, arXiv:2312.11420.
+    """
+
+    modules_to_save: Collection[str] = ()
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze `model` but for its norms and return it. Raises: RuntimeError if it is adapted already."""
+        return train_tensors(model, self, self._norms(model), self.modules_to_save)
+
+    def count(self, model: nn.Module) -> int:
+        """How many values of norms train, without `modules_to_save`."""
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        return sum(sizes[name] for name in self._norms(model))
+
+    def _norms(self, model: nn.Module) -> list[str]:
+        norms = {
+            f"{prefix}.{key}".lstrip(".")
+            for prefix, layer in model.named_modules()
+            if type(layer).__name__.endswith(("LayerNorm", "RMSNorm"))
+            for key in layer._parameters
+        }
+        names = [name for name, _ in model.named_parameters() if name in norms]
+        if not names:
+            kinds = sorted({type(layer).__name__ for layer in model.modules()})
+            raise ValueError(f"LayerNormTuning: no LayerNorm or RMSNorm among {', '.join(kinds)}.")
+        return names

@@ -1,0 +1,47 @@
+"""PaFi: train the entries that pre-training has left smallest. No data, no gradient, one mask for all tasks.
+
+M_i = 1 for the k smallest |θ₀_i|,  k = fraction · n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pefttutor.selective import entries
+
+__all__ = ["PaFi"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaFi:
+    """Train the smallest entries by absolute value, over all tensors but the embeddings.
+
+    fraction: share of those tensors' n entries that train; the count ⌊fraction · n⌋ is exact (at least 1).
+    modules_to_save: modules that train fully and are saved along, such as a new head; not in n.
+
+    Cost: one pass over the weights to choose; training as in `SparseFineTuning`.
+    Raises: ValueError for a fraction outside (0, 1].
+    Source: Liao et al. 2023, arXiv:2305.16742; chapter 4.3.1 ("PaFi").
+    """
+
+    fraction: float = 0.005
+    modules_to_save: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        entries.check_fraction(self)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze `model` but for the chosen entries and return it. Raises: RuntimeError if it is adapted already."""
+        return entries.train_entries(model, self, self.masks(model), self.modules_to_save)
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """What would be chosen, by the name of each tensor; changes nothing."""
+        tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        tensors = entries.candidates(model, self.modules_to_save)
+        scores = {name: -p.detach().abs() for name, p in tensors.items() if p not in tables}
+        return entries.largest(scores, max(1, int(self.fraction * sum(s.numel() for s in scores.values()))))
+
+    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded

@@ -1,0 +1,30 @@
+"""Linear probe: the model stays as it is, and only a new head on top of it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from pefttutor.selective.entries import train_tensors
+
+__all__ = ["LinearProbe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Train the head alone: what can be read off the frozen features by a linear map.
+
+    modules_to_save: the head: "score" or "classifier" in a classifier of transformers.
+
+    Cost: classes · (d + 1) values; no backward pass below the head. Merging: nothing to merge.
+    Raises: ValueError without a head.
+    Source: the survey's linear probe; Alain & Bengio 2016, arXiv:1610.01644.
+    """
+
+    modules_to_save: Collection[str] = ("classifier",)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze `model` but for its head and return it. Raises: RuntimeError if it is adapted already."""
+        return train_tensors(model, self, (), self.modules_to_save)

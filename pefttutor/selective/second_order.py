@@ -1,0 +1,120 @@
+"""SAM in the chapter's sense: choose the entries by which a second-order model of the loss falls most.
+
+    L(θ + M ⊙ Δ) ≈ L(θ) + gᵀ(M ⊙ Δ) + ½ Σ_i M_i h_i Δ_i²,     minimal at Δ_i = −g_i / h_i,  falling by g_i² / (2 h_i)
+
+so the best mask of k entries takes the k largest g_i² / h_i. (Another "SAM", sharpness-aware minimisation, is
+something else.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.encoding import count_targets, predicts_next
+from pefttutor.evaluation import Collate, collator
+from pefttutor.selective import entries
+from pefttutor.selective.information import fisher_information
+
+__all__ = ["SecondOrderMask", "second_order_scores"]
+
+
+def second_order_scores(gradient: Tensor, curvature: Tensor | None = None) -> Tensor:
+    """g² / h, twice what the loss falls by if an entry alone goes to its best value; without h, g².
+
+    Shapes: gradient, curvature (…) → (…). Raises: ValueError if a curvature isn't positive.
+    """
+    if curvature is None:
+        return gradient.square()
+    if not (curvature > 0).all():
+        raise ValueError(
+            f"the smallest curvature is {curvature.min().item():.3g}; expected all > 0: add a damping"
+        )
+    return gradient.square() / curvature
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondOrderMask:
+    """Choose by the gradient of the whole data, (Σ_s g_s)², and train these entries, as `SparseFineTuning` does.
+
+    FISH takes Σ_s g_s²: an entry on whose direction the examples disagree scores high there and low here.
+
+    fraction: share of the entries that train.
+    damping: None sets h to 1 for all entries, as the authors' code does; a number takes h = Fisher information +
+        damping · its mean, where the Fisher information stands for the Hessian's diagonal.
+    per_tensor: the same share in each tensor, as the authors' code does; False ranks all entries together.
+    modules_to_save: modules that train fully and are saved along, such as a new head; they take no part.
+
+    Cost: choosing costs a backward pass over the examples (and the Fisher information, if damped).
+    Raises: ValueError for a fraction outside (0, 1] or a damping ≤ 0.
+    Source: Fu et al. 2023, arXiv:2211.15583, theorem 2; chapter 4.3.2 ("SAM").
+    """
+
+    fraction: float = 0.005
+    damping: float | None = None
+    per_tensor: bool = True
+    modules_to_save: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        entries.check_fraction(self)
+        if self.damping is not None and not self.damping > 0:
+            raise ValueError(f"damping is {self.damping!r}; it must be a number > 0, or None for h = 1.")
+
+    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None) -> nn.Module:
+        """Choose entries by `examples`, freeze the others, and return `model`.
+
+        Raises: RuntimeError if it is adapted already; ValueError without examples.
+        """
+        return entries.train_entries(model, self, self.masks(model, examples), self.modules_to_save)
+
+    def masks(self, model: nn.Module, examples: Sequence[Any] | None) -> dict[str, Tensor]:
+        """What would be chosen, by the name of each tensor; changes nothing."""
+        if not examples:
+            raise ValueError(
+                "SecondOrderMask chooses by data: attach(model, examples), encoded, with labels."
+            )
+        names = entries.candidates(model, self.modules_to_save)
+        curvature: dict[str, Tensor] = {}
+        if self.damping is not None:
+            fisher = fisher_information(model, examples)
+            curvature = {n: f + self.damping * f.mean().clamp(min=1e-30) for n, f in fisher.items()}
+        gradient = total_gradient(model, examples)
+        scores = {n: second_order_scores(gradient[n], curvature.get(n)) for n in names}
+        if not self.per_tensor:
+            return entries.largest(
+                scores, max(1, int(self.fraction * sum(s.numel() for s in scores.values())))
+            )
+        parts = [entries.largest({n: s}, max(1, int(self.fraction * s.numel()))) for n, s in scores.items()]
+        return {name: mask for part in parts for name, mask in part.items()}
+
+    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+
+
+def total_gradient(
+    model: nn.Module, examples: Sequence[Any], *, batch_size: int = 16, collate: Collate | None = None
+) -> dict[str, Tensor]:
+    """The gradient of the mean loss over all examples' labels, signed, in evaluation mode; changes nothing."""
+    stack, device = collate or collator(model), next(model.parameters()).device
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    training, counted = model.training, 0
+    try:
+        model.eval().requires_grad_(True)
+        model.zero_grad()
+        for start in range(0, len(examples), batch_size):
+            rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
+            batch = {k: v.to(device) for k, v in stack(rows).items()}
+            count = count_targets(batch, shifted=predicts_next(model))
+            (model(**batch).loss * count).backward()
+            counted += count
+        return {
+            n: (torch.zeros_like(p) if p.grad is None else p.grad / counted)
+            for n, p in model.named_parameters()
+        }
+    finally:
+        model.train(training)
+        for p, requires_grad, grad in before:
+            p.requires_grad_(requires_grad).grad = grad

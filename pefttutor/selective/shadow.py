@@ -1,0 +1,49 @@
+"""Let a layer compute with another tensor in a parameter's place, without touching the layer's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["owners", "shadow", "unshadow"]
+
+Make = Callable[[nn.Module, str], Tensor | None]
+
+
+def shadow(layer: nn.Module, key: str, make: Make) -> None:
+    """From now on `layer.key` is, during each forward, what `make(layer, key)` returns (None: the parameter).
+
+    The parameter stays where it is, under its name. It works for every layer that reads `self.key` in its forward,
+    since Python looks at an object's own attributes before a module's parameters. `make` must be a module's
+    function, so that a copied model is free of the original.
+    """
+    vars(layer).setdefault("_shadows", {})[key] = make
+    if _show not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_show)
+        layer.register_forward_hook(_hide, always_call=True)
+
+
+def unshadow(layer: nn.Module, key: str) -> None:
+    """Let the layer compute with its own parameter again."""
+    vars(layer)["_shadows"].pop(key)
+
+
+def owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every layer that holds the parameter, and what it calls it: more than one where weights are tied."""
+    return [
+        (layer, key) for layer in model.modules() for key, p in layer._parameters.items() if p is parameter
+    ]
+
+
+def _show(layer: nn.Module, args: Any) -> None:
+    for key, make in vars(layer)["_shadows"].items():
+        tensor = make(layer, key)
+        if tensor is not None:
+            vars(layer)[key] = tensor
+
+
+def _hide(layer: nn.Module, args: Any, output: Any) -> None:
+    for key in vars(layer)["_shadows"]:
+        vars(layer).pop(key, None)

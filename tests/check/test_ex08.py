@@ -1,0 +1,93 @@
+"""The checks of notebook 08 must reject what learners really write, and say which mistake it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from pefttutor import check
+from pefttutor.check import ex08, ex08_answers
+
+
+def reason(check_function, attempt):
+    with pytest.raises(AssertionError) as caught:
+        check_function(attempt)
+    return str(caught.value)
+
+
+CASES = [
+    (check.ex08_1, ex08_answers.NAMES_MISTAKES),
+    (check.ex08_2, ex08_answers.MASKS_MISTAKES),
+    (check.ex08_3, ex08_answers.STEP_MISTAKES),
+]
+
+
+@pytest.mark.parametrize(
+    ("check_function", "name", "mistake"), [(c, n, m) for c, mistakes in CASES for n, m in mistakes.items()]
+)
+def test_every_known_mistake_is_rejected_by_its_name(check_function, name, mistake):
+    said = " ".join(reason(check_function, mistake).split())
+    assert f"likely {name}" in said
+
+
+def test_there_are_at_least_eight_for_each():
+    assert all(len(mistakes) >= 8 for _, mistakes in CASES)
+
+
+# ---- written another way, or wrong in yet another
+
+
+def test_right_answers_written_in_another_way_pass(capsys):
+    def names(model):
+        return [n for n, p in model.named_parameters() if n.endswith(".bias")]
+
+    def masks(weights, fraction):
+        values = torch.cat([w.abs().reshape(-1) for w in weights.values()])
+        limit = values.kthvalue(int(fraction * values.numel())).values
+        return {name: w.abs() <= limit for name, w in weights.items()}
+
+    def step(weight, grad, velocity, mask, lr, momentum, decay):
+        weight, velocity = weight.clone(), velocity.clone()
+        velocity[mask] = momentum * velocity[mask] + grad[mask] + decay * weight[mask]
+        weight[mask] -= lr * velocity[mask]
+        return weight, velocity
+
+    for check_function, answer in ((check.ex08_1, names), (check.ex08_2, masks), (check.ex08_3, step)):
+        assert check_function(answer) is answer
+    assert capsys.readouterr().out.count("correct") == 3
+
+
+def in_place(weight, grad, velocity, mask, lr, momentum, decay):
+    velocity[mask] = momentum * velocity[mask] + grad[mask] + decay * weight[mask]
+    weight[mask] -= lr * velocity[mask]
+    return weight, velocity
+
+
+def numbers(weights, fraction):
+    return {name: mask.float() for name, mask in ex08.smallest_masks(weights, fraction).items()}
+
+
+@pytest.mark.parametrize(
+    ("check_function", "attempt", "says"),
+    [
+        (check.ex08_3, in_place, "weight"),
+        (check.ex08_3, lambda **inputs: ex08.masked_step(**inputs)[0], "tuple"),
+        (check.ex08_2, numbers, "float32"),
+        (check.ex08_1, lambda model: None, "None"),
+    ],
+)
+def test_other_wrong_answers_are_rejected_too(check_function, attempt, says):
+    assert says in reason(check_function, attempt)
+
+
+def test_untouched_stubs_give_the_references(capsys):
+    def stub(number):
+        def function(*args, **kwargs):
+            raise NotImplementedError(f"exercise {number}")
+
+        return function
+
+    assert check.ex08_1(stub("08.1")) is ex08.bias_names
+    assert check.ex08_2(stub("08.2")) is ex08.smallest_masks
+    assert check.ex08_3(stub("08.3")) is ex08.masked_step
+    assert capsys.readouterr().out.count("not attempted") == 3
+    assert ex08.bias_names(nn.Linear(2, 2)) == ["bias"]

@@ -1,0 +1,190 @@
+"""Squared per-sample gradients against torch.func and a loop over batches of one, in float64, for all parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+from pefttutor.kernels import per_sample
+from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
+
+F64 = torch.float64
+
+
+def log_likelihood(model, inputs):
+    """log p(y | x) of each example: of its class, or the sum over its labelled tokens."""
+    labels, rest = inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
+    if labels.dim() == 2 and "t5" in type(model).__name__.lower():
+        rest["decoder_input_ids"] = model._shift_right(labels.clamp(min=0))
+    logits = model(**rest).logits
+    if labels.dim() == 1:
+        return -cross_entropy(logits, labels, reduction="none")
+    if "t5" not in type(model).__name__.lower():
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+
+
+def by_loop(model, inputs):
+    """Batches of one, backward, square, add: what FISH's own code does."""
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for s in range(len(inputs["labels"])):
+        model.zero_grad()
+        log_likelihood(model, {k: v[s : s + 1] for k, v in inputs.items()}).sum().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] += p.grad.square()
+    model.zero_grad()
+    return total
+
+
+def assert_same(ours, expected):
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            ours[name], value, rtol=1e-9, atol=1e-18, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_bytes", [1 << 25, 4000])
+def test_every_parameter_of_every_architecture_is_that_of_batches_of_one(tiny, batch, kind, side, max_bytes):
+    model, inputs = tiny(kind, dtype=F64), batch(kind, side=side, dtype=F64)
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=3, max_bytes=max_bytes)
+    assert_same(ours, by_loop(model, inputs))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_it_is_what_torch_func_says(tiny, batch):
+    model, inputs = tiny("bert", dtype=F64, attn_implementation="eager"), batch("bert")
+    del inputs["attention_mask"]  # vmap can't see through the code that reads it
+
+    def value(parameters, sample):
+        one = {k: v[None] for k, v in sample.items()}
+        label = one.pop("labels")
+        return -cross_entropy(functional_call(model, parameters, (), one).logits, label)
+
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    grads = vmap(grad(value), in_dims=(None, 0))(named, inputs)
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=3)
+    assert_same(ours, {name: g.square().sum(0) for name, g in grads.items()})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_weight_tied_to_the_head_gets_the_square_of_its_sum(tiny, batch, kind):
+    model, inputs = tiny(kind, dtype=F64, tie_word_embeddings=True), batch(kind)
+    model.get_input_embeddings().padding_idx = 0
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=3)
+    assert len(ours) == len(list(model.parameters())) < len(model.state_dict())
+    assert_same(ours, by_loop(model, inputs))
+
+
+def test_the_true_fisher_is_the_expectation_over_labels(tiny, batch):
+    model, inputs = tiny("bert", dtype=F64), batch("bert")
+    rest = {k: v for k, v in inputs.items() if k != "labels"}
+
+    def weighted():
+        logp = model(**rest).logits.log_softmax(-1)
+        return (logp.detach().exp().sqrt() * logp).t()
+
+    ours = squared_gradients(model, weighted, samples=3)
+    p = model(**rest).logits.softmax(-1).detach()
+    expected = {name: torch.zeros_like(v) for name, v in ours.items()}
+    for s in range(3):
+        for y in range(3):
+            one = {k: v[s : s + 1] for k, v in inputs.items()} | {"labels": torch.tensor([y])}
+            for name, value in by_loop(model, one).items():
+                expected[name] += p[s, y] * value
+    assert_same(ours, expected)
+
+
+def test_no_layer_is_left_to_the_slow_way_in_usual_models(tiny, batch, monkeypatch):
+    for kind in ("llama", "gpt2", "bert"):
+        model, inputs = tiny(kind, dtype=F64), batch(kind)
+        expected = squared_gradients_reference(model, lambda m=model, i=inputs: log_likelihood(m, i))
+        with monkeypatch.context() as patch:
+            patch.setattr("pefttutor.kernels.fisher.squared_gradients_reference", None)
+            ours = squared_gradients(model, lambda m=model, i=inputs: log_likelihood(m, i), samples=3)
+        assert_same(ours, expected)
+
+
+def test_rows_that_are_not_samples_are_noticed():
+    """A table looked up with as many rows as there are samples, for all of them: T5's position bias, by bad luck."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.out = nn.Embedding(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            shared = self.bias(torch.arange(3))  # (3, 5), the same for every sample
+            return self.out(x + shared.sum(0)).log_softmax(-1)[:, 0]
+
+    torch.manual_seed(0)
+    model, x = Biased().double(), torch.randn(3, 5, dtype=F64)
+    ours = squared_gradients(model, lambda: model(x), samples=3)
+    assert_same(ours, squared_gradients_reference(model, lambda: model(x)))
+
+
+def test_only_what_requires_a_gradient_is_measured(tiny, batch):
+    model, inputs = tiny("bert", dtype=F64), batch("bert")
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    model.bert.encoder.layer[0].output.LayerNorm.weight.requires_grad_(True)
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=3)
+    assert set(ours) == {
+        "classifier.weight",
+        "classifier.bias",
+        "bert.encoder.layer.0.output.LayerNorm.weight",
+    }
+    full = by_loop(model.requires_grad_(True), inputs)
+    assert_same(ours, {name: full[name] for name in ours})
+
+
+def test_a_norm_that_adds_one_to_its_weight():
+    class GemmaRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=F64))
+
+        def forward(self, x):
+            return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight)
+
+    model, x = GemmaRMSNorm(), torch.randn(4, 2, 3, dtype=F64)
+    assert per_sample.knows(model)
+    ours = squared_gradients(model, lambda: model(x).pow(3).sum((1, 2)), samples=4)
+    assert_same(ours, squared_gradients_reference(model, lambda: model(x).pow(3).sum((1, 2))))
+
+
+def test_half_precision_is_summed_in_float32(tiny, batch):
+    exact, inputs = tiny("bert", dtype=F64), batch("bert")
+    model = tiny("bert", dtype=torch.bfloat16)
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=3)
+    expected = squared_gradients(exact, lambda: log_likelihood(exact, inputs), samples=3)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert ours[name].dtype == torch.float32
+    assert torch.corrcoef(torch.stack([ours[name].flatten(), expected[name].float().flatten()]))[0, 1] > 0.99
+
+
+def test_errors_say_what_was_given(tiny, batch):
+    model, inputs = tiny("bert"), batch("bert")
+    with pytest.raises(ValueError, match=r"returned \(\), expected one value a sample: \(3,\)"):
+        squared_gradients(model, lambda: log_likelihood(model, inputs).sum(), samples=3)
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="returned NaN"):
+        squared_gradients(model, lambda: log_likelihood(model, inputs), samples=3)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        squared_gradients(model.requires_grad_(False), lambda: log_likelihood(model, inputs), samples=3)
+
+
+def test_a_batch_as_large_as_its_texts_are_long(tiny):
+    """T5 looks its position bias up by (query, key): with as many queries as samples it looks like a batch."""
+    model, generator = tiny("t5", dtype=F64), torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 97, (4, 4), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.flip(1)}
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=4)
+    assert_same(ours, by_loop(model, inputs))
