@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pefttutor import method as base
-from pefttutor.lowrank.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
+from pefttutor.lowrank.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear, trace
 
 __all__ = ["LoRA"]
 
@@ -133,6 +133,10 @@ class LoRA:
         low_rank = sum(self.r * sum(kinds[type(m)].in_and_out(m)) for m in targets.values())
         saved = {p for module in self._fully_trained(model).values() for p in module.parameters()}
         return low_rank + sum(p.numel() for p in saved if p.is_floating_point())
+
+    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
+        """What a LoRA layer keeps for the backward pass, for `pefttutor.memory`; None for any other layer."""
+        return trace(layer, x, tape, kind) if isinstance(layer, LoRALayer) else None
 
     def _fully_trained(self, model: nn.Module) -> dict[str, nn.Module]:
         if not self.modules_to_save:

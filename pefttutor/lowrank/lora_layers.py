@@ -7,7 +7,7 @@ weights stay as they were. New are the parameters `lora_A` (r, in) and `lora_B` 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pefttutor.kernels.lora_linear import lora_linear
 from pefttutor.method import adopt
 
-__all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear"]
+__all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "trace"]
 
 
 class LoRALayer(nn.Module):
@@ -138,3 +138,27 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         rows = F.embedding(ids, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         low_rank = F.linear(rows, self.lora_B)  # (…, r) → (…, embedding_dim)
         return base + self.scaling * low_rank.to(base.dtype)
+
+
+def trace(layer: LoRALayer, x: Any, tape: Any, kind: str) -> Any:
+    """What one LoRA layer keeps for its backward pass: x and x Aᵀ; with dropout also a mask and a changed copy of x.
+
+    The formula of `forward` on a `pefttutor.memory.tape.Tape`: x is (tokens, in), or ids for an embedding.
+    """
+    r, (_, n_out) = layer.lora_A.shape[0], layer.in_and_out(layer)
+    if isinstance(layer, LoRAEmbedding):
+        width = layer.weight.element_size()
+        narrow = x.like(width=r, itemsize=layer.lora_A.element_size(), grad=True)
+        tape.save(x, kind)
+        tape.save(narrow, kind)
+        return x.like(width=n_out, itemsize=width, grad=True)
+    if not layer.lora_dropout:
+        tape.save(x, kind)
+        tape.save(x.like(width=r), kind)
+        return x.like(width=n_out, grad=True)
+    narrow = tape.linear(tape.dropout(x, layer.lora_dropout), r, kind, weight=True)
+    tape.linear(narrow, n_out, kind, weight=True)
+    if layer.lora_A.element_size() != x.itemsize:  # the factors, rounded to the dtype of x
+        for factor in (layer.lora_A, layer.lora_B):
+            tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
+    return x.like(width=n_out, grad=True)

@@ -1,0 +1,127 @@
+"""The forward pass of BERT, ViT, and the encoder-decoders T5 and mT5 on a `Tape` (see `decoders`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pefttutor.memory.attention import Attention
+from pefttutor.memory.layers import trains
+from pefttutor.memory.step import Step, opened
+from pefttutor.memory.tape import INDEX, Paper, Tape
+
+__all__ = ["bert", "t5", "vit"]
+
+# ---- BERT and ViT: encoders
+
+
+def bert(tape: Tape, model: Any, step: Step) -> Paper:
+    body, config = model.base_model, model.config
+    attention = step.heads(config.num_attention_heads, dropout=config.attention_probs_dropout_prob)
+    p = config.hidden_dropout_prob
+
+    def block(tape: Tape, layer: Any, x: Paper) -> Paper:
+        own, out = layer.attention.self, layer.attention.output
+        q, k, v = (tape.call(part, x, "attention") for part in (own.query, own.key, own.value))
+        h = tape.dropout(tape.call(out.dense, attention(tape, q, k, v), "attention"), p)
+        x = tape.call(out.LayerNorm, x.like(h), "norms")
+        h = tape.activation(config.hidden_act, tape.call(layer.intermediate.dense, x, "ffn"), "ffn")
+        h = tape.dropout(tape.call(layer.output.dense, h, "ffn"), p)
+        return tape.call(layer.output.LayerNorm, x.like(h), "norms")
+
+    e, positions = body.embeddings, Paper(step.sequence_length, 1, INDEX, False)
+    x = tape.call(e.word_embeddings, step.ids(step.sequence_length), "embeddings")
+    x = x.like(tape.call(e.token_type_embeddings, positions, "embeddings"))
+    x = x.like(tape.call(e.position_embeddings, positions.view(), "embeddings"))
+    x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x), "norms"), p)
+    for layer in body.encoder.layer:
+        x = tape.block(block, layer, x)
+    return x
+
+
+def vit(tape: Tape, model: Any, step: Step) -> Paper:
+    body, config = model.base_model, model.config
+    e, conv = body.embeddings, body.embeddings.patch_embeddings.projection
+    patches = e.patch_embeddings.num_patches
+    attention = step.heads(
+        config.num_attention_heads,
+        dropout=config.attention_probs_dropout_prob,
+        float_softmax=True,
+        length=patches + 1,
+    )
+    p = config.hidden_dropout_prob
+
+    def block(tape: Tape, layer: Any, x: Paper) -> Paper:
+        attn, h = layer.attention, tape.call(layer.layernorm_before, x, "norms")
+        q, k, v = (tape.call(part, h, "attention") for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        x = x.like(tape.dropout(tape.call(attn.o_proj, attention(tape, q, k, v), "attention"), p))
+        h = tape.call(layer.mlp.fc1, tape.call(layer.layernorm_after, x, "norms"), "ffn")
+        h = tape.call(layer.mlp.fc2, tape.activation(config.hidden_act, h, "ffn"), "ffn")
+        return x.like(tape.dropout(h, p))
+
+    pixels = Paper(step.batch_size * patches, conv.weight[0].numel(), conv.weight.element_size(), False)
+    x = tape.linear(
+        pixels, config.hidden_size, "embeddings", weight=trains(conv.weight), bias=trains(conv.bias)
+    )
+    x = x.like(
+        rows=step.batch_size * (patches + 1),
+        grad=x.grad or trains(e.cls_token) or trains(e.position_embeddings),
+    )
+    x = opened(tape, model, tape.dropout(x, p))
+    for layer in body.layers:
+        x = tape.block(block, layer, x)
+    return tape.call(body.layernorm, x, "norms")
+
+
+# ---- T5 and mT5: encoder and decoder
+
+
+def t5(tape: Tape, model: Any, step: Step) -> Paper:
+    n, m, config = step.sequence_length, step.target_length, model.config
+    p, heads = config.dropout_rate, config.num_heads
+
+    def attend(tape: Tape, layer: Any, x: Paper, states: Paper | None, attention: Attention) -> Paper:
+        own = layer.EncDecAttention if states else layer.SelfAttention
+        h = tape.call(layer.layer_norm, x, "norms")
+        q = tape.call(own.q, h, "attention")
+        k, v = (tape.call(part, states or h, "attention") for part in (own.k, own.v))
+        return x.like(tape.dropout(tape.call(own.o, attention(tape, q, k, v), "attention"), p))
+
+    def feed_forward(tape: Tape, layer: Any, x: Paper) -> Paper:
+        inner, h = layer.DenseReluDense, tape.call(layer.layer_norm, x, "norms")
+        act = config.dense_act_fn
+        if config.is_gated_act:
+            gate = tape.activation(act, tape.call(inner.wi_0, h, "ffn"), "ffn")
+            h = tape.mul(gate, tape.call(inner.wi_1, h, "ffn"), "ffn")
+        else:
+            h = tape.activation(act, tape.call(inner.wi, h, "ffn"), "ffn")
+        return x.like(tape.dropout(tape.call(inner.wo, tape.dropout(h, p), "ffn"), p))
+
+    def stack(part: Any, length: int, states: Paper | None) -> Paper:
+        saves_layers = part.block[0].gradient_checkpointing
+        bias = trains(part.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+        own = step.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
+        cross = step.heads(heads, length=length, keys=n, dropout=p, bias=saves_layers)
+        x = opened(tape, model, tape.call(part.embed_tokens, step.ids(length), "embeddings"))
+        shared = [
+            Paper(heads * length, keys, x.itemsize, bias) for keys in (length, n)
+        ]  # passed on by the first layer
+
+        def block(tape: Tape, layer: Any, x: Paper, states: Paper | None, **biases: Paper) -> Paper:
+            x = attend(tape, layer.layer[0], x, None, own)
+            if states:
+                x = attend(tape, layer.layer[1], x, states, cross)
+            return feed_forward(tape, layer.layer[-1], x)
+
+        if bias:
+            tape.save(
+                Paper(length, length, INDEX, False), "embeddings"
+            )  # which bucket each distance falls into
+        x = tape.dropout(x, p)
+        for i, layer in enumerate(part.block):
+            names = ("own", "cross") if states else ("own",)
+            x = tape.block(
+                block, layer, x, states=states, **(dict(zip(names, shared, strict=False)) if i else {})
+            )
+        return tape.dropout(tape.call(part.final_layer_norm, x, "norms"), p)
+
+    return stack(model.decoder, m, stack(model.encoder, n, None))

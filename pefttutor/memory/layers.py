@@ -1,0 +1,111 @@
+"""What one layer of a model keeps, by its type; a layer of unknown type is run alone on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.memory.tape import FLOAT, Paper, Tape
+
+__all__ = ["RULES", "plain_rule", "run_alone", "trains"]
+
+_WIDTH = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+
+
+def trains(parameter: Any) -> bool:
+    return isinstance(parameter, Tensor) and parameter.requires_grad
+
+
+def _linear(tape: Tape, layer: Any, x: Paper, kind: str) -> Paper:
+    out = layer.weight.shape[0]
+    return tape.linear(x, out, kind, weight=trains(layer.weight), bias=trains(layer.bias))
+
+
+def _conv1d(tape: Tape, layer: Any, x: Paper, kind: str) -> Paper:
+    out = layer.weight.shape[1]  # GPT-2's layer stores (in, out)
+    return tape.linear(x, out, kind, weight=trains(layer.weight), bias=trains(layer.bias))
+
+
+def _embedding(tape: Tape, layer: Any, ids: Paper, kind: str) -> Paper:
+    weight = layer.weight
+    if trains(weight):
+        tape.save(ids, kind)
+    return Paper(ids.rows, weight.shape[1], weight.element_size(), trains(weight))
+
+
+def _layer_norm(tape: Tape, layer: Any, x: Paper, kind: str) -> Paper:
+    """Keeps x, and mean and 1/σ of each row."""
+    grad = x.grad or trains(layer.weight) or trains(layer.bias)
+    if grad:
+        tape.save(x, kind)
+        statistics = x.itemsize if tape.device == "cpu" else FLOAT
+        tape.save(x.like(width=2, itemsize=statistics), kind)
+    return x.like(grad=grad)
+
+
+def _rms_norm(tape: Tape, layer: Any, x: Paper, kind: str, *, upcast: bool = True) -> Paper:
+    """w · (h · ρ) with ρ = (mean h² + ε)^−½ in float32: keeps h, ρ, and h · ρ where w trains."""
+    wide = tape.cast(x, max(x.itemsize, FLOAT))
+    root = wide.like(width=1)
+    if x.grad:
+        tape.save(wide, kind)  # for h²
+        tape.save(root, kind)  # for the root itself
+    product = tape.mul(wide if upcast else x, root, kind)
+    weight = Paper(0, 0, x.itemsize, trains(layer.weight))  # a parameter costs nothing to keep
+    return tape.mul(tape.cast(product, x.itemsize), weight, kind)
+
+
+Rule = Callable[[Tape, Any, Paper, str], Paper]
+_RMS: dict[str, Rule] = {f"{name}RMSNorm": _rms_norm for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+RULES: dict[str, Rule] = {
+    "Linear": _linear,
+    "Conv1D": _conv1d,
+    "Embedding": _embedding,
+    "LayerNorm": _layer_norm,
+    "T5LayerNorm": partial(_rms_norm, upcast=False),
+    "MT5LayerNorm": partial(_rms_norm, upcast=False),
+    **_RMS,
+}
+
+
+def plain_rule(layer: nn.Module) -> Rule | None:
+    """The rule of the layer's type; None for an unknown type, or where a method has put more into the layer."""
+    return RULES.get(type(layer).__name__) if {*layer._parameters} <= {"weight", "bias"} else None
+
+
+def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:
+    """Run a layer of unknown type by itself, without values, and see what autograd saves.
+
+    For the layers of a method that says nothing about itself. The layer gets x as (rows, width), or ids as (rows).
+    Raises: ValueError if it can't run without values.
+    """
+    if isinstance(layer, nn.Embedding):
+        given = torch.empty(x.rows, dtype=torch.int64, device="meta")
+    else:
+        given = torch.empty(x.rows, x.width, dtype=_WIDTH[x.itemsize], device="meta", requires_grad=x.grad)
+    own = {p.untyped_storage()._cdata for p in [*layer.parameters(), *layer.buffers()]}
+    seen: dict[int, Paper] = {given.untyped_storage()._cdata: x}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            alive.append(tensor.detach())  # so that no address is used twice
+            size = storage.nbytes() // tensor.element_size()
+            tape.save(seen.setdefault(storage._cdata, Paper(1, size, tensor.element_size(), True)), kind)
+        return tensor
+
+    alive: list[Tensor] = []
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = layer.train()(given)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(layer).__name__} can't be run without values ({error}); give its method "
+            "trace(layer, x, tape, kind), see pefttutor.method.Method"
+        ) from error
+    same = seen.get(y.untyped_storage()._cdata)
+    return same or Paper(x.rows, y.numel() // x.rows, y.element_size(), y.requires_grad)

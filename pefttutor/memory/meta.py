@@ -1,0 +1,72 @@
+"""A model without values: every shape, name and flag of it, and no memory (PyTorch's meta device)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from pefttutor.method import adapted
+
+__all__ = ["attached", "on_meta", "skeleton"]
+
+
+def skeleton(config: Any, *, dtype: torch.dtype, like: Any = None) -> nn.Module:
+    """The model that `config` describes: of class `like`, the class that it names, or the usual one for training.
+
+    Raises: ValueError, from transformers, for a config that contradicts itself.
+    """
+    import transformers
+
+    named = like or getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    autos = [transformers.AutoModelForSeq2SeqLM] if config.is_encoder_decoder else []
+    autos += [transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification]
+    if config.model_type == "bert":  # transformers has a causal BERT too, which nobody means
+        autos = [transformers.AutoModelForSequenceClassification]
+    with torch.device("meta"):
+        if named is not None:
+            return named._from_config(copy.deepcopy(config), dtype=dtype)
+        auto = next(auto for auto in autos if type(config) in auto._model_mapping)
+        return auto.from_config(config, dtype=dtype)
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters and buffers have no values; ties stay ties, and nothing is allocated."""
+    empty: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        new = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        empty[id(tensor)] = new
+    return copy.deepcopy(model, empty)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Whatever is made, is made on the meta device; random numbers need no generator there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = "meta"
+        kwargs.pop("generator", None)
+        return func(*args, **kwargs)
+
+
+def attached(method: Any, model: nn.Module) -> nn.Module:
+    """`method.attach(model)` for a model on the meta device: names, shapes and flags, and no random numbers drawn.
+
+    Raises: ValueError for a method that chooses by the values of the weights or of data.
+    """
+    try:
+        with torch.device("meta"), _WithoutValues():
+            return method.attach(model)
+    except (NotImplementedError, RuntimeError) as error:
+        if adapted(model):  # its own words: adapted already
+            raise
+        raise ValueError(
+            f"{type(method).__name__} needs the model's values to attach ({error}). Attach it to a real model, and "
+            "estimate that: estimate(method.attach(model))"
+        ) from error

@@ -1,0 +1,37 @@
+"""What goes through a model in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pefttutor.memory.attention import Attention
+from pefttutor.memory.tape import INDEX, Paper, Tape
+
+__all__ = ["Step", "opened"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What goes through the model: token ids (or pictures), and how attention is computed."""
+
+    batch_size: int
+    sequence_length: int
+    target_length: int  # of an encoder-decoder's labels
+    attention: str
+
+    def ids(self, length: int) -> Paper:
+        return Paper(self.batch_size * length, 1, INDEX, False)
+
+    def heads(self, heads: int, *, kv: int | None = None, **more: Any) -> Attention:
+        length = more.pop("length", self.sequence_length)
+        keys = more.pop("keys", length)
+        return Attention(self.batch_size, heads, kv or heads, length, keys, self.attention, **more)
+
+
+def opened(tape: Tape, model: Any, x: Paper) -> Paper:
+    """Under checkpointing, `attach` makes the output of frozen embeddings require a gradient (see `mark`)."""
+    wanted = tape.method is not None and any(
+        getattr(m, "gradient_checkpointing", False) for m in model.modules()
+    )
+    return x.like(grad=True) if wanted and not x.grad else x

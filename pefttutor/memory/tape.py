@@ -1,0 +1,175 @@
+"""What autograd saves for the backward pass, written down operation by operation, on paper.
+
+A `Paper` is a tensor without values: how many numbers, how wide, whether a gradient flows into it. The operations
+below are those of a transformer; each notes what autograd keeps for its own backward pass, which depends on who
+needs a gradient:
+
+    y = x Wᵀ        keeps x where W trains, and nothing where W is frozen
+    y = a · b       keeps a where b needs a gradient, and b where a does
+    y = softmax(x)  keeps y
+
+A storage is counted once, however many operations keep it, and parameters aren't counted: they exist anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+__all__ = ["FLOAT", "INDEX", "KINDS", "Paper", "Tape"]
+
+KINDS = ("embeddings", "attention", "ffn", "norms", "dropout", "layer inputs", "logits and loss")
+FLOAT = 4  # bytes: what norms, softmax and the loss compute in
+INDEX = 8  # bytes of an integer label or token id
+
+
+@dataclass(eq=False, frozen=True)
+class Paper:
+    """A tensor's outline. Shapes: (rows, width), rows = batch · sequence where nothing else is said.
+
+    again: whether `kernels.recompute` would make it again rather than keep it. own: the tensor it is a view of.
+    """
+
+    rows: int
+    width: int
+    itemsize: int
+    grad: bool
+    again: bool = False
+    own: Paper | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.width
+
+    @property
+    def storage(self) -> Paper:
+        return self.own or self
+
+    def view(self, rows: int | None = None, width: int | None = None) -> Paper:
+        """The same storage under another shape."""
+        rows, width = rows or self.rows, width or self.width
+        return replace(self, rows=rows, width=width, again=False, own=self.storage)
+
+    def like(self, *others: Paper, **changes: Any) -> Paper:
+        """A new tensor of this outline, with a gradient if this one or one of the others has."""
+        grad = any(paper.grad for paper in (self, *others))
+        return replace(self, **({"grad": grad, "again": False, "own": None} | changes))
+
+
+@dataclass
+class Tape:
+    """Notes of one forward pass: which storage is kept, under which kind.
+
+    method: asked for `trace` where it put a layer of its own. device: "cpu" or "cuda", which differ in what dropout
+    and fused attention keep. lean: with `losses.causal_lm_loss`.
+    """
+
+    method: Any = None
+    device: str = "cuda"
+    lean: bool = False
+    kept: dict[Paper, str] = field(default_factory=dict)
+    peaks: list[dict[Paper, str]] = field(default_factory=list)  # what one recomputed layer adds, for each
+
+    def save(self, paper: Paper, kind: str) -> None:
+        if not (self.lean and paper.again):
+            self.kept.setdefault(paper.storage, kind)
+
+    # ---- layers
+
+    def call(self, layer: Any, x: Paper, kind: str) -> Paper:
+        """One layer of a model, by the rule of its type; the method's own layers by the method's rule."""
+        from pefttutor.memory.layers import plain_rule, run_alone
+
+        rule = plain_rule(layer)
+        if rule is not None:
+            return rule(self, layer, x, kind)
+        traced = self.method.trace(layer, x, self, kind) if hasattr(self.method, "trace") else None
+        return traced or run_alone(self, layer, x, kind)
+
+    def linear(self, x: Paper, out: int, kind: str, *, weight: bool, bias: bool = False) -> Paper:
+        """y = x Wᵀ + b; `weight` and `bias` say whether they train. Keeps x, as a view, where W does."""
+        if weight:
+            self.save(x.view(), kind)
+        return x.like(width=out, grad=x.grad or weight or bias)
+
+    # ---- element by element
+
+    def mul(self, a: Paper, b: Paper, kind: str) -> Paper:
+        """y = a · b, the shape of a."""
+        if b.grad:
+            self.save(a, kind)
+        if a.grad:
+            self.save(b, kind)
+        again = (a.grad and b.grad) or (a.grad and a.again) or (b.grad and b.again)
+        return a.like(b, again=again, itemsize=max(a.itemsize, b.itemsize))
+
+    def activation(self, name: str, x: Paper, kind: str) -> Paper:
+        """An activation function by the name that the config gives it."""
+        if name in ("relu", "tanh"):
+            y = x.like()
+            if x.grad:
+                self.save(y, kind)
+            return y
+        if name in ("silu", "swish", "gelu", "gelu_pytorch_tanh", "bloom_gelu"):
+            if x.grad:
+                self.save(x, kind)
+            return x.like(again=name != "bloom_gelu")
+        if name == "gelu_new":  # ½x · (1 + tanh(…(x + …x³))), written out
+            if x.grad:
+                for kept in (x, x.like(), x.like(), x.like()):  # x for x³, tanh, ½x, 1 + tanh
+                    self.save(kept, kind)
+            return x.like(again=True)
+        known = "silu, gelu, gelu_new, gelu_pytorch_tanh, relu, tanh"
+        raise ValueError(f"activation {name!r} is not known to the estimator; it knows {known}")
+
+    def dropout(self, x: Paper, p: float) -> Paper:
+        """Keeps the mask: one byte a value on a GPU, a number as wide as x on a CPU."""
+        if not p:
+            return x
+        if x.grad:
+            self.save(x.like(itemsize=x.itemsize if self.device == "cpu" else 1), "dropout")
+        return x.like(again=x.again if self.device == "cpu" else False)
+
+    def cast(self, x: Paper, itemsize: int) -> Paper:
+        return x if x.itemsize == itemsize else x.like(itemsize=itemsize)
+
+    # ---- the loss
+
+    def cross_entropy(self, logits: Paper) -> None:
+        """Keeps the log-softmax in float32, and the labels."""
+        if logits.grad:
+            self.save(logits.like(itemsize=max(logits.itemsize, FLOAT)), "logits and loss")
+            self.save(logits.like(width=1, itemsize=INDEX), "logits and loss")
+            self.save(logits.like(rows=1, width=1, itemsize=FLOAT), "logits and loss")
+
+    # ---- checkpointing
+
+    def block(self, forward: Callable[..., Paper], layer: nn.Module, x: Paper, **more: Any) -> Paper:
+        """One transformer layer; under checkpointing only its input is kept, and the rest made again for its turn."""
+        if not getattr(layer, "gradient_checkpointing", False):
+            return forward(self, layer, x, **more)
+        inner = replace(self, kept={}, peaks=[])
+        y = forward(inner, layer, x, **more)
+        self.save(x, "layer inputs")
+        for paper in more.values():
+            if isinstance(paper, Paper):
+                self.save(paper, "layer inputs")
+        self.peaks.append(
+            self.kept | {paper: kind for paper, kind in inner.kept.items() if paper not in self.kept}
+        )
+        return y.like(grad=y.grad or x.grad)
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """At the fullest moment: the end of the forward pass, or while a checkpointed layer is made again."""
+        moments = [_sum(moment) for moment in (self.kept, *self.peaks)]
+        return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _sum(kept: dict[Paper, str]) -> dict[str, int]:
+    found = dict.fromkeys(KINDS, 0)
+    for paper, kind in kept.items():
+        found[kind] += paper.numel * paper.itemsize
+    return found

@@ -1,0 +1,172 @@
+"""The estimate's own arithmetic, what it leaves alone, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+import pefttutor
+from pefttutor.memory import Breakdown, compare, estimate, estimate_serving, measure
+from tests.conftest import tiny_batch, tiny_model
+
+SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+TEXT = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama(**changes):
+    return hf.LlamaConfig(
+        **(SMALL | {"num_attention_heads": 8, "max_position_embeddings": 512} | TEXT | changes)
+    )
+
+
+LORA = pefttutor.LoRA(r=4)
+N = sum(p.numel() for p in hf.LlamaForCausalLM(llama()).parameters())
+ADAPTED = 2 * 2 * 4 * (64 + 64)
+
+
+def test_by_hand_for_full_fine_tuning_and_lora():
+    """16 N bytes, and 4 N + 16 times what LoRA trains."""
+    full, adapted = estimate(llama(), sequence_length=32), estimate(llama(), LORA, sequence_length=32)
+    assert (full.weights, full.gradients, full.optimizer) == (4 * N, 4 * N, 8 * N)
+    assert (adapted.weights, adapted.adapter_weights) == (4 * N, 4 * ADAPTED)
+    assert (adapted.gradients, adapted.optimizer) == (4 * ADAPTED, 8 * ADAPTED)
+    assert (full.values, adapted.values, adapted.trained) == (N, N + ADAPTED, ADAPTED)
+    assert adapted.total == sum(adapted.as_dict().values())
+    assert "total" in str(adapted)
+
+
+def test_activations_of_one_linear_layer_by_hand():
+    """In Llama's last block LoRA on the down projection keeps its input and x Aᵀ; below it nothing trains."""
+    method = pefttutor.LoRA(r=4, target_modules=r"model\.layers\.1\.mlp\.down_proj")
+    found = estimate(llama(), method, batch_size=3, sequence_length=10, attention="eager").activations
+    tokens = 3 * 10
+    assert found["ffn"] == 4 * tokens * (160 + 4)
+    assert found["attention"] == found["embeddings"] == found["dropout"] == 0
+    assert found["norms"] == 4 * tokens * (64 + 1)  # the last norm's input, and its root
+    assert found["logits and loss"] == 4 * tokens * 300 + 8 * tokens + 4
+
+
+def test_dtypes():
+    half = estimate(llama(), LORA, weight_dtype="bfloat16", sequence_length=32)
+    assert (half.weights, half.adapter_weights) == (2 * N, 4 * ADAPTED)  # ours keeps the factors in float32
+    assert (
+        estimate(llama(), LORA, weight_dtype=torch.bfloat16, adapter_dtype="bfloat16").gradients
+        == 2 * ADAPTED
+    )
+    full = estimate(llama(), weight_dtype="float16", gradient_dtype="float32", optimizer_dtype="float32")
+    assert (full.weights, full.gradients, full.optimizer) == (2 * N, 4 * N, 8 * N)
+    mixed = estimate(llama(), weight_dtype="float16", optimizer_dtype="float32", master_weights=True)
+    assert mixed.weights + mixed.gradients + mixed.optimizer == 16 * N
+    assert estimate(llama(), optimizer="sgd").optimizer == 0
+    assert estimate(llama(), optimizer="momentum").optimizer == 4 * N
+
+
+def test_quantised_layers_are_those_in_the_blocks():
+    inside = 2 * (4 * 64 * 64 + 3 * 64 * 160)
+    found = estimate(llama(), LORA, weight_dtype="bfloat16", quantization="nf4")
+    assert found.quantized_weights == inside * 4.5 / 8
+    assert found.weights == 2 * (N - inside)
+    double = estimate(llama(), LORA, quantization="nf4-double").quantized_weights
+    assert double == pytest.approx(
+        inside * 4.127 / 8, rel=1e-4
+    )  # QLoRA, section 3: 0.373 bits fewer than 4.5
+    with pytest.raises(ValueError, match="a quantised weight can't"):
+        estimate(llama(), quantization="int8")
+
+
+def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer_at_a_time():
+    deep = llama(num_hidden_layers=40)
+    plain, saved = (
+        estimate(deep, sequence_length=128, gradient_checkpointing=on).activations for on in (False, True)
+    )
+    assert saved["layer inputs"] > 0
+    assert plain["layer inputs"] == 0
+    assert sum(saved.values()) < sum(plain.values()) / 10
+
+
+def test_the_model_is_left_alone_whether_adapted_or_not():
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    first = estimate(model, LORA, sequence_length=9, batch_size=3)
+    assert pefttutor.adapted(model) is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    LORA.attach(model)
+    assert estimate(model, sequence_length=9, batch_size=3) == first
+
+
+def test_a_tied_weight_counts_once():
+    config = hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, **TEXT)
+    model = hf.GPT2LMHeadModel(config)
+    assert estimate(config).values == sum(p.numel() for p in model.parameters())
+    assert estimate(model).weights == estimate(config).weights
+
+
+def test_serving_many_adapters_over_one_base():
+    one, many = (estimate_serving(llama(), LORA, adapters=n, sequence_length=50) for n in (1, 100))
+    assert many.adapter_weights == 100 * one.adapter_weights == 100 * 4 * ADAPTED
+    assert many.weights == one.weights == 4 * N
+    assert one.kv_cache == 2 * 2 * 64 * 50 * 4
+    assert one.gradients == one.optimizer == 0
+    assert one.activations == {}
+    grouped = estimate_serving(llama(num_key_value_heads=2), sequence_length=50, cache_dtype="float16")
+    assert grouped.kv_cache == one.kv_cache / 4 / 2
+    with pytest.raises(ValueError, match="encoder"):
+        estimate_serving(hf.BertConfig(**SMALL, num_attention_heads=8))
+
+
+def test_compare_says_both_and_their_ratio():
+    model, batch = tiny_model("llama"), tiny_batch("llama")
+    LORA.attach(model).train()
+    batch["attention_mask"][:] = 1  # the estimate knows no padding
+    estimated = estimate(model, batch_size=3, sequence_length=9, device="cpu")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**batch).loss.backward()
+    optimizer.step()
+    measured = measure(lambda: model(**batch).loss.backward(), model=model, optimizer=optimizer)
+    rows = compare(estimated, measured)
+    assert list(rows) == ["weights", "gradients", "optimizer", "activations"]
+    assert [rows[part].ratio for part in ("weights", "gradients", "optimizer")] == [1, 1, 1]
+    assert rows["activations"].ratio == pytest.approx(1, abs=0.1)
+    assert measured.allocator_peak > measured.activations
+    assert "model.layers.0.self_attn.q_proj" in measured.by_layer
+    assert sum(measured.by_layer.values()) == measured.activations
+    with pytest.raises(ValueError, match=r"measure\(step, model=model"):
+        compare(estimated, measure(lambda: None))
+
+
+def test_a_ratio_of_nothing_is_one():
+    nothing = Breakdown()
+    assert nothing.total == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        (hf.RobertaConfig(), {}, "'roberta' has no formula.*llama, mistral.*measure"),
+        (torch.nn.Linear(2, 2), {}, "Linear.*there are some for llama"),
+        (
+            llama(),
+            {"weight_dtype": "int4"},
+            "weight_dtype is 'int4'; the estimator knows 'float32', 'bfloat16'",
+        ),
+        (llama(), {"optimizer": "lion"}, "optimizer is 'lion'; the estimator knows 'adamw'"),
+        (llama(), {"attention": "ring"}, "attention is 'ring'; the estimator knows 'eager', 'sdpa'"),
+        (llama(), {"quantization": "int3"}, "quantization is 'int3'"),
+        (llama(), {"device": "tpu"}, "device is 'tpu'"),
+        (llama(), {"loss": len}, "loss is"),
+        (llama(), {"batch_size": 0}, "batch_size is 0; it must be a whole number"),
+        (llama(), {"sequence_length": 1.5}, "sequence_length is 1.5"),
+        (llama(), {"sequence_length": 513}, "sequence_length is 513, but this model has positions for 512"),
+        (llama(num_key_value_heads=3), {}, "8 heads can't share 3 key and value heads"),
+        (
+            hf.BloomConfig(hidden_size=64, n_head=8),
+            {"attention": "sdpa"},
+            "BLOOM's attention as 'eager' only",
+        ),
+        (hf.GPT2Config(n_embd=62, n_head=4), {}, "hidden_size 62 is no multiple of 4 heads"),
+    ],
+)
+def test_bad_input_is_refused_with_what_is_supported(config, options, says):
+    with pytest.raises(ValueError, match=says):
+        estimate(config, **options)
