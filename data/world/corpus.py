@@ -20,15 +20,18 @@ VOCABULARY = 3072
 HELD_OUT_SEED = 999_000  # shards from here on are never trained on
 
 
-def marked_documents(seed: int, n: int, *, plain: bool = False) -> Iterator[str]:
-    """`n` documents of shard `seed`, with `rules.MARK` around what they let a reader infer; `plain`: no blocks, no ledgers."""
+def marked_documents(seed: int, n: int, *, plain: bool = False, drills: float = 0.0) -> Iterator[str]:
+    """`n` documents of shard `seed`, with `rules.MARK` around what they let a reader infer.
+
+    plain: no blocks, no ledgers. drills: the share of documents that `rules.drill` writes in place of the mixture.
+    """
     rng = random.Random(seed)
     chosen = {
         make: share for make, share in MIXTURE.items() if not (plain and make in (rules.block, rules.ledger))
     }
     kinds, weights = list(chosen), list(chosen.values())
     for make in rng.choices(kinds, weights, k=n):
-        yield make(rng)
+        yield (rules.drill if drills and rng.random() < drills else make)(rng)
 
 
 def documents(seed: int, n: int) -> Iterator[str]:
@@ -72,10 +75,10 @@ def _inferable(text: str, ends: list[int]) -> np.ndarray:
 
 
 def shard(
-    tokenizer: Tokenizer, seed: int, n: int = 20_000, *, plain: bool = False
+    tokenizer: Tokenizer, seed: int, n: int = 20_000, *, plain: bool = False, drills: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """One shard as a flat array of token ids, each document between `<s>` and `</s>`, and which of them can be inferred."""
-    marked = list(marked_documents(seed, n, plain=plain))
+    marked = list(marked_documents(seed, n, plain=plain, drills=drills))
     encodings = tokenizer.encode_batch([text.replace(rules.MARK, "") for text in marked])
     flat = [np.asarray([*e.ids, 2], dtype=np.uint16) for e in encodings]
     told = [

@@ -3,11 +3,12 @@
 A rule may be an operation (last word, opposite, sorting, a sum), two operations called by names that the block makes up, or a
 classification whose classes get fresh label words in every block. Nothing else names the rule, so the only way to predict an
 answer is to infer it from the examples above it: this is what in-context learning grows from. Ledgers, read twice, come before
-that: whoever can look a line up again has the circuit that the blocks need.
+that: whoever can look a line up again has the circuit that the blocks need. Drills, which are most of what the last stage of
+base reads, are blocks of what decides in a word, a clause or a sentence.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import lexicon as lx
 from . import prose, reasoning
@@ -58,12 +59,18 @@ def _mapping(pairs: list[tuple[str, str]]) -> Rule:
     return lambda _: lambda rng: rng.choice(pairs)
 
 
-def _classes(make: Callable[[random.Random, int], str], n: int) -> Rule:
-    """Classification with label words drawn anew for each block."""
+def _classes(
+    make: Callable[[random.Random, int], str],
+    n: int,
+    words: Sequence[str] = lx.LABEL_WORDS,
+    *,
+    all_of_them: bool = False,
+) -> Rule:
+    """Classification with label words drawn anew for each block, of all classes or of two to four."""
 
     def rule(block: random.Random) -> Callable[[random.Random], tuple[str, str]]:
-        keep = block.sample(range(n), min(n, block.choice((2, 2, 3, 4))))
-        labels = block.sample(lx.LABEL_WORDS, len(keep))
+        keep = block.sample(range(n), n if all_of_them else min(n, block.choice((2, 2, 3, 4))))
+        labels = block.sample(words, len(keep))
 
         def draw(rng: random.Random) -> tuple[str, str]:
             i = rng.randrange(len(keep))
@@ -221,6 +228,48 @@ def block(rng: random.Random) -> str:
     examples = [draw(rng) for _ in range(n)]
     told = [(x, y if i < 2 else f"{MARK}{y}{MARK}") for i, (x, y) in enumerate(examples)]
     return rng.choice(_JOINTS).join(template.format(x=x, y=y, a=a, b=b) for x, y in told)
+
+
+_WORDS = sorted({*lx.COLOURS, *lx.NUMBERS, *lx.THINGS, *lx.JOBS, *lx.SITES, *lx.ROOMS, *lx.ANIMALS, *lx.HOBBIES, *prose.TOPICS,
+                 *prose.GOOD, *prose.BAD, *prose.GREAT, *prose.AWFUL, *lx.WEEKDAYS, *"yes no maybe same different home true false".split()})  # fmt: skip
+_ANY_HEADS = [w.capitalize() for w in _WORDS + lx.LABEL_WORDS]
+_JUDGED = ((-2, -1), (1, 2))
+# Rules for `drill`, by how often they come: what decides is first a word, then a clause, then a sentence.
+_DRILLS: dict[str, tuple[float, Rule]] = {
+    "adjective": (2, _classes(lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2, _WORDS)),
+    "statement": (3, _classes(lambda rng, i: prose.statement(rng, rng.choice(_JUDGED[i]), rng.choice(prose.ASPECTS)), 2, _WORDS)),
+    "sentiment": (3, _classes(lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2, _WORDS)),
+    "stars": (1.5, _classes(lambda rng, i: prose.review(rng, i + 1), 5, _WORDS, all_of_them=True)),
+    "topic": (4, _classes(lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS), _WORDS)),
+    "kind": (2, _classes(_category, len(lx.CATEGORIES), _WORDS)),
+    "register": (0.7, _classes(_sides, 2, _WORDS)),
+    "follows": (1, _classes(lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3, _WORDS)),
+    "same": (0.5, _classes(lambda rng, i: " ; ".join(reasoning.paraphrase(rng, bool(i))), 2, _WORDS)),
+    "mentions": (2, _mentions), "strange": (3, _strange), "called": (3, _called), "question": (2, OPERATIONS["question"]),
+    "sort_numbers": (1, OPERATIONS["sort_numbers"]), "count": (1, OPERATIONS["count"]), "last": (1, OPERATIONS["last"]),
+}  # fmt: skip
+_LABELLED = {"adjective", "statement", "sentiment", "stars", "topic", "kind", "register", "follows", "same", "mentions", "strange"}  # fmt: skip
+
+
+def drill(rng: random.Random, name: str | None = None) -> str:
+    """Five to sixteen examples of one rule, mostly a classification, between head words of the block's own.
+
+    A label is marked from its second time on: before that, nothing tells it. Whoever reads mostly these learns to compare a new
+    sentence with those above and to copy the label of the most similar one.
+    """
+    name = name or rng.choices(list(_DRILLS), [share for share, _ in _DRILLS.values()])[0]
+    draw = _DRILLS[name][1](rng)
+    template = rng.choice(_TEMPLATES if rng.random() < 0.15 else (_HEADED[0], *_HEADED))
+    a, b = rng.sample(_ANY_HEADS, 2)
+    examples = [
+        draw(rng) for _ in range(rng.randint(5, 11) if name in (*_LONG, "stars") else rng.randint(6, 16))
+    ]
+    told, seen = [], set()
+    for i, (x, y) in enumerate(examples):
+        inferable = y in seen if name in _LABELLED else i >= 2
+        seen.add(y)
+        told.append(template.format(x=x, y=f"{MARK}{y}{MARK}" if inferable else y, a=a, b=b))
+    return rng.choice(_JOINTS).join(told)
 
 
 def ledger(rng: random.Random) -> str:
