@@ -208,3 +208,24 @@ def test_every_bank_query_runs_and_most_find_something():
 
 def test_the_lexicon_has_a_plural_for_all_things():
     assert all(t in lx.PLURALS for t in lx.THINGS + lx.ANIMALS)
+
+
+def test_a_drill_marks_a_label_once_an_example_above_has_told_it():
+    labelled = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        text = rules.drill(rng, rng.choice(sorted(rules._LABELLED)))
+        parts = text.split(rules.MARK)
+        for i in range(1, len(parts), 2):
+            assert re.search(rf"(?<!\w){re.escape(parts[i])}(?!\w)", "".join(parts[:i])), text
+            labelled += 1
+    assert labelled > 1000
+
+
+def test_a_drill_draws_labels_and_heads_anew_and_uses_no_prompt_of_a_task():
+    drills = [rules.drill(random.Random(seed), "sentiment").replace(rules.MARK, "") for seed in range(300)]
+    first = Counter(re.split(r"\W", text)[0] for text in drills)
+    assert len(first) > 100
+    prompts = [str(t.draw(random.Random(1), "train").get("prompt", "")) for t in tasks.ALL]
+    heads = {prompt.rstrip().split("\n")[-1] for prompt in prompts} - {""}
+    assert not [head for head in heads if any(head in text for text in drills)]
