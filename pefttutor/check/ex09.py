@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pefttutor.check.compare import same_result
-from pefttutor.check.core import exercise, wrong
+from pefttutor.check.core import call, exercise, wrong
 from pefttutor.check.ex09_answers import (
     MASKS_MISTAKES,
     SQUARED_MISTAKES,
@@ -57,7 +57,7 @@ def ex09_3(attempt: Any) -> None:
         inputs = {"fisher": fisher, "fraction": fraction, "head": "score"}
         same_result(attempt, fish_masks, inputs, mistakes=MASKS_MISTAKES)
     zeros = fisher | {"embed.weight": torch.zeros(6, 5)}
-    came = sum(int(mask.sum()) for mask in attempt(zeros, 0.75, "score").values())
+    came = sum(int(mask.sum()) for mask in call(attempt, zeros, 0.75, "score").values())
     if came != 64:
         raise wrong(
             input="the same with 30 zeros in embed.weight, fraction 0.75 of 86",

@@ -152,7 +152,7 @@ def _masks(
         inside = {} if competes else {n: v for n, v in fisher.items() if is_head(n, head)}
         size = sum(value.numel() for value in inside.values())
         body = {n: v for n, v in fisher.items() if n not in inside}
-        found = {}
+        found: dict[str, Tensor] = {}
         for group in [body] if together else [{n: v} for n, v in body.items()]:
             flat = torch.cat([value.flatten() for value in group.values()])
             k = count(fraction, everything, size) if together else int(fraction * len(flat))
