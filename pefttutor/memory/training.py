@@ -71,8 +71,8 @@ def estimate(
     logits_copies: how many float32 tensors as large as the logits exist at once; autograd keeps 1.
     device: where the step would run: dropout masks and fused attention differ between cuda and cpu.
 
-    Not counted: a CUDA context, fragmentation, what operations only pass through, padding's masks, and autocast, which keeps
-    16-bit copies beside float32 weights: dtypes are taken as they are.
+    Not counted: a CUDA context, fragmentation, what operations only pass through, padding's masks, and autocast,
+    which keeps 16-bit copies beside float32 weights: dtypes are taken as they are.
     Shapes: ids (batch_size, sequence_length); a ViT takes its length from its picture.
     Raises: ValueError for an unknown architecture, dtype, optimizer or attention, a sequence beyond the model's
         positions, a config that contradicts itself; what `attach` raises.

@@ -17,9 +17,7 @@ from pefttutor.widgets.style import Picture, paper
 
 __all__ = ["memory"]
 
-_ALT = (
-    "The memory of one training step, stacked, against that of GPUs, and what to change to make it fit."
-)
+_ALT = "The memory of one training step, stacked, against that of GPUs, and what to change to make it fit."
 _FULL = "full fine-tuning"
 _CHOICES = {
     "batch_size": (1, 2, 4, 8, 16, 32, 64),

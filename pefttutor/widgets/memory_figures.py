@@ -23,6 +23,7 @@ COLOURS = {
     "activations": OKABE_ITO["green"],
 }
 MOST_ADVICE = 4
+MOST_ABOVE = 1.6  # a GPU's line stands at most this many times as high as the bars, which stay to be seen
 # How strongly each kind of activations is painted in their common colour: neighbours in the bar differ.
 TINTS = {
     "embeddings": 0.6,
@@ -62,26 +63,27 @@ def draw_memory(
 
 def _draw_bars(axes: Axes, bars: Mapping[str, Breakdown], capacity: float) -> None:
     highest = max(capacity, *(b.total / GIB for b in bars.values()))
+    gpus = [gib for gib in dict.fromkeys((capacity, *GPUS.values())) if gib <= MOST_ABOVE * highest]
+    highest = max(highest, *gpus)
     for x, breakdown in enumerate(bars.values()):
         bottom = 0.0
         for part, size in breakdown.as_dict().items():
             if not size:
                 continue
-            look = {"color": COLOURS[part.split(":")[0]], "alpha": _tint(part)}
-            axes.bar(x, size / GIB, 0.55, bottom, edgecolor="white", linewidth=0.4, label=part, **look)
+            colour = COLOURS[part.split(":")[0]]
+            axes.bar(
+                x, size / GIB, 0.55, bottom, color=colour, alpha=_tint(part), edgecolor="white", linewidth=0.4
+            )
             bottom += size / GIB
         axes.text(x, bottom + 0.01 * highest, f"{_short(bottom)} GiB", ha="center", va="bottom")
-    edge, written = len(bars) - 0.1, [capacity]
-    for size in dict.fromkeys((capacity, *GPUS.values())):
-        if size > 1.2 * highest:
-            continue
-        axes.axhline(size, color="black" if size == capacity else GREY, linestyle="--", linewidth=1)
-        if size == capacity or all(
-            abs(size - other) > 0.04 * highest for other in written
-        ):  # names don't overlap
-            written.append(size)
-            names = ", ".join(gpu for gpu, gib in GPUS.items() if gib == size)
-            axes.text(edge - 0.02, size, f"{names}: {size} GiB", ha="right", va="bottom", fontsize=8)
+    edge, written = len(bars) - 0.1, list[float]()
+    for gib in gpus:
+        if gib != capacity and any(abs(gib - other) <= 0.04 * highest for other in written):
+            continue  # its name would stand over another's
+        written.append(gib)
+        names = ", ".join(gpu for gpu, size in GPUS.items() if size == gib)
+        axes.axhline(gib, color="black" if gib == capacity else GREY, linestyle="--", linewidth=1)
+        axes.text(edge - 0.02, gib, f"{names}: {gib} GiB", ha="right", va="bottom", fontsize=8)
     axes.set_xticks(range(len(bars)), [_wrapped(name) for name in bars])
     axes.set(xlim=(-0.5, edge), ylim=(0, 1.15 * highest), ylabel="memory of one training step (GiB)")
 
@@ -117,7 +119,7 @@ def _draw_table(axes: Axes, chosen: Breakdown, changes: Sequence[Change], spare:
     y -= 0.6 * step
     line("What to change", "then GiB", fontweight="bold")
     for change in _shown(changes):
-        look = {"color": "#00664B" if change.fits else "#444444", "fontsize": 9}
+        look: dict[str, Any] = {"color": "#00664B" if change.fits else "#444444", "fontsize": 9}
         first, *rest = wrap(_cut(change.words), MOST_LETTERS)
         line(("✓ " if change.fits else "   ") + first, _short(change.total / GIB), **look)
         for words in rest:
@@ -131,7 +133,7 @@ def _tint(part: str) -> float:
 
 
 def _key(axes: Axes, y: float, colour: str, tint: float = 1.0) -> None:
-    axes.text(0, y - 0.004, "■", va="top", color=colour, alpha=tint, transform=axes.transAxes)
+    axes.text(0, y + 0.004, "■", va="top", color=colour, alpha=tint, transform=axes.transAxes)
 
 
 def _shown(changes: Sequence[Change]) -> list[Change]:

@@ -1,5 +1,7 @@
 """The memory widget, driven through its controls; what is drawn is compared with the estimate itself."""
 
+from itertools import pairwise
+
 import matplotlib
 import pytest
 
@@ -90,6 +92,18 @@ def test_the_lines_are_the_gpus_and_their_names_never_overlap():
     crowded = widgets.memory.figure(model="Llama-2-70B", method=FULL, gpu="T4")
     named = [text.get_text() for text in crowded.axes[0].texts if ":" in text.get_text()]
     assert named == ["T4: 14.6 GiB", "A100, H100: 79.1 GiB"]
+    assert len(crowded.axes[0].lines) == len(named)  # no line without a name
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shown"), [("T4", [14.6]), ("RTX 4090", [14.6, 23.6]), ("A100", [14.6, 23.6, 79.1])]
+)
+def test_a_gpu_far_above_the_bars_does_not_press_them_flat(gpu, shown):
+    small = widgets.memory.figure(model="GPT-2", method=FULL, gpu=gpu)
+    assert sorted(line.get_ydata()[0] for line in small.axes[0].lines) == shown
+    of_the_lesson = widgets.memory.figure(model="Llama-2-7B", method=FULL, gpu=gpu)
+    assert sorted(line.get_ydata()[0] for line in of_the_lesson.axes[0].lines) == [14.6, 23.6, 79.1]
+    assert of_the_lesson.axes[0].get_ylim()[1] > 79.1
 
 
 def test_the_verdict_follows_from_what_is_seen():
@@ -110,7 +124,7 @@ def test_the_list_stands_as_the_bar_is_stacked_and_its_keys_are_the_bands():
     bands = [patch.get_facecolor() for patch in figure.axes[0].patches if round(patch.get_x() + 0.3) == 1]
     tints = [band[3] for band in bands if band[:3] == green]
     assert len(tints) > 3
-    assert all(abs(one - other) > 0.1 for one, other in zip(tints, tints[1:], strict=False))
+    assert all(abs(one - other) > 0.1 for one, other in pairwise(tints))
     keys = [text.get_alpha() for text in figure.axes[1].texts if text.get_text() == "■"]
     assert set(keys) <= {1.0, *tints}
     assert len(set(keys)) > 2
@@ -127,7 +141,9 @@ def test_advice_is_computed_and_what_it_promises_holds():
 
 def test_the_batch_advised_is_the_largest_that_fits():
     setting = Setting("GPT-2", FULL, "float32", batch_size=64)
-    batch = next(change for change in advice(setting, METHODS, GPUS["T4"]) if change.words.startswith("batch"))
+    batch = next(
+        change for change in advice(setting, METHODS, GPUS["T4"]) if change.words.startswith("batch")
+    )
     assert batch.words == "batch 16 (accumulate gradients)"
     assert batch.fits
     assert needs(Setting("GPT-2", FULL, "float32", batch_size=32), METHODS).total > 13.6 * GIB
