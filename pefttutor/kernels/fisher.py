@@ -8,7 +8,7 @@ autograd only gives the sum. Why this is fast, against a backward pass a sample:
 
 - one forward and one backward for the whole batch, and the backward computes no gradient of any weight;
 - each sample's gradient of a layer is made from the layer's input and its output's gradient, at the cost of the
-  batch's own (see `per_sample`), a few rows of the weight at a time.
+  batch's own (see `per_sample`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pefttutor.kernels import per_sample
 
-__all__ = ["squared_gradients", "squared_gradients_reference"]
+__all__ = ["checked_squares", "squared_gradients", "squared_gradients_reference"]
 
 
 def squared_gradients_reference(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def squared_gradients(
     forward: Callable[[], Tensor],
     *,
     samples: int,
-    max_bytes: int = 1 << 20,
+    max_bytes: int = 1 << 26,
     check: bool = True,
 ) -> dict[str, Tensor]:
     """Σ_s (∂ℓ_s/∂θ)², the same as `squared_gradients_reference`, in one pass.
@@ -69,7 +69,7 @@ def squared_gradients(
 
     check: prove, by a backward pass of the first sample alone, that a layer's rows are the samples; a layer where
         they aren't (T5's position bias, in a batch as large as its texts are long) is left to the reference too.
-    max_bytes: of the gradients that exist at a time; what fits a cache is fastest.
+    max_bytes: of the one gradient that exists at a time; a larger weight is taken some rows at a time.
 
     Shapes: ℓ (B) or (C, B) → by name, each parameter's shape, in float32 (float64 for float64).
     Cost: for T tokens a forward, C backwards to activations, 2·C·T·in·out FLOPs a layer; kept: every layer's input
@@ -77,6 +77,18 @@ def squared_gradients(
     Raises: ValueError if nothing requires a gradient or ℓ has another shape; FloatingPointError for NaN or infinity.
     Source: chapter eq. 4.8 and 4.9; Sung et al. 2021, arXiv:2111.09839, eq. 3 and 4.
     """
+    return checked_squares(module, forward, samples=samples, max_bytes=max_bytes, check=check)[0]
+
+
+def checked_squares(
+    module: nn.Module,
+    forward: Callable[[], Tensor],
+    *,
+    samples: int,
+    max_bytes: int = 1 << 26,
+    check: bool = True,
+) -> tuple[dict[str, Tensor], bool]:
+    """`squared_gradients`, and whether all rows were samples: if so, batches of the same shapes need no other check."""
     parameters = _trained(module)
     total = {name: _zeros(p) for name, p in parameters.items()}
     uses: list[_Use] = []
@@ -91,6 +103,7 @@ def squared_gradients(
     if not values.isfinite().all():
         raise FloatingPointError(f"squared_gradients: forward() returned NaN or infinity: {values.tolist()}")
     right = [use for use in uses if use.by_sample] if values.requires_grad else []
+    claimed = len(right)
     if check and right:
         right = [use for use, good in zip(right, _separate(values, right), strict=True) if good]
     wrong = [use for use in uses if use not in right]
@@ -117,7 +130,7 @@ def squared_gradients(
             raise FloatingPointError(
                 f"squared_gradients: the gradient of {name!r} has NaN or infinite entries"
             )
-    return total
+    return total, len(right) == claimed
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ at the output y of
     y = γ · x̂ + β:    G_γ[s] = Σ_t δ[s, t] · x̂[s, t]
 
 which costs what the batch's own gradient costs. B gradients at once would be B times as large as the parameter, so
-they are made a few rows of the parameter at a time.
+they are made one after the other, and of a large parameter some rows at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["kind_of", "knows", "own_squares", "rows", "scaled_input", "squares"]
+__all__ = ["kind_of", "knows", "own_squares", "rows", "scaled_input", "squares", "vectors"]
 
 
 def kind_of(layer: nn.Module) -> str | None:
@@ -42,39 +42,41 @@ def knows(layer: nn.Module) -> bool:
     return kind_of(layer) is not None and set(layer._parameters) <= {"weight", "bias"}
 
 
-def rows(layer: nn.Module, name: str, a: Tensor, delta: Tensor, first: int, last: int) -> Tensor:
-    """Each sample's gradient of rows first … last − 1 of the layer's parameter `name`.
+def vectors(layer: nn.Module, name: str, a: Tensor, delta: Tensor) -> Tensor:
+    """All samples' gradients of a bias or of a norm's weight. Shapes: (B, T, in), (B, T, out) → (B, out)."""
+    return delta.sum(1) if name == "bias" else (delta * a).sum(1)
 
-    Shapes: a (B, T, in), for an embedding ids (B, T); delta (B, T, out) → (B, last − first, …).
+
+def rows(layer: nn.Module, a: Tensor, delta: Tensor, first: int, last: int) -> Tensor:
+    """One sample's gradient of rows first … last − 1 of the layer's weight matrix.
+
+    Shapes: a (T, in), for an embedding ids (T); delta (T, out) → (last − first, …).
     """
     kind = kind_of(layer)
-    if name == "bias":
-        return delta[..., first:last].sum(1)
     if kind == "linear":
-        return delta[..., first:last].transpose(1, 2) @ a  # (B, rows, in)
+        return delta[:, first:last].t() @ a  # (rows, in)
     if kind == "conv1d":
-        return a[..., first:last].transpose(1, 2) @ delta  # (B, rows, out)
-    if kind == "norm":
-        return (delta[..., first:last] * a[..., first:last]).sum(1)
-    wanted = (a >= first) & (a < last) & _counts(layer, a)  # (B, T)
-    sample, position = wanted.nonzero(as_tuple=True)
-    out = delta.new_zeros(len(a) * (last - first), delta.shape[-1])
-    out.index_add_(0, sample * (last - first) + a[wanted] - first, delta[sample, position])
-    return out.view(len(a), last - first, -1)
+        return a[:, first:last].t() @ delta  # (rows, out)
+    wanted = (a >= first) & (a < last) & _counts(layer, a)  # (T)
+    out = delta.new_zeros(last - first, delta.shape[-1])
+    return out.index_add_(0, a[wanted] - first, delta[wanted])
 
 
 def squares(
     uses: list[tuple[nn.Module, str, Tensor, Tensor]], into: Tensor, *, samples: int, max_bytes: int
 ) -> None:
     """Add Σ_s G[s]² to `into`, where G[s] is the sum over all uses of one parameter (a tied weight has several)."""
-    width = into.numel() // len(into)
-    step = max(1, max_bytes // (samples * width * uses[0][3].element_size()))
+    if into.dim() == 1:
+        gradients = torch.stack([vectors(*use) for use in uses]).sum(0)  # (B, out)
+        into += gradients.to(into.dtype).square_().sum(0)
+        return
+    step = max(1, max_bytes // (into.shape[1] * uses[0][3].element_size()))
     for first in range(0, len(into), step):
-        last = min(first + step, len(into))
-        gradients = rows(*uses[0], first, last)  # (B, rows, …)
-        for use in uses[1:]:
-            gradients = gradients + rows(*use, first, last)
-        into[first:last] += gradients.to(into.dtype).square_().sum(0)
+        part = into[first : first + step]
+        for s in range(samples):  # one at a time: the square is added while the product is still in the cache
+            parts = [rows(layer, a[s], delta[s], first, first + len(part)) for layer, _, a, delta in uses]
+            gradient = sum(parts[1:], parts[0]).to(part.dtype)
+            part.addcmul_(gradient, gradient)
 
 
 def own_squares(layer: nn.Module, name: str, a: Tensor, delta: Tensor, into: Tensor) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pefttutor.encoding import predicts_next
 from pefttutor.evaluation import Collate, collator
-from pefttutor.kernels.fisher import squared_gradients
+from pefttutor.kernels.fisher import checked_squares
 
 __all__ = ["fisher_information"]
 
@@ -58,13 +59,16 @@ def fisher_information(
     before = {p: p.requires_grad for p in model.parameters()}
     training = model.training
     total: dict[str, Tensor] = {}
+    proven: set[tuple[torch.Size, ...]] = set()
     try:
         model.eval().requires_grad_(True)
         for start in range(0, len(chosen), batch_size):
             batch = {k: v.to(device) for k, v in stack(chosen[start : start + batch_size]).items()}
             count = len(next(iter(batch.values())))
             forward = partial(value, model, batch)
-            parts = squared_gradients(model, forward, samples=count)
+            shapes = tuple(v.shape for v in batch.values())
+            parts, good = checked_squares(model, forward, samples=count, check=shapes not in proven)
+            proven |= {shapes} if good else set()
             total = {name: total[name] + part if total else part for name, part in parts.items()}
     finally:
         model.train(training)

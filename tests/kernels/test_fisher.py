@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 
-from pefttutor.kernels import per_sample
+from pefttutor.kernels import fisher, per_sample
 from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
+from pefttutor.selective.information import fisher_information
 
 F64 = torch.float64
 
@@ -188,3 +190,22 @@ def test_a_batch_as_large_as_its_texts_are_long(tiny):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.flip(1)}
     ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=4)
     assert_same(ours, by_loop(model, inputs))
+
+
+@pytest.mark.parametrize(("kind", "proofs_expected"), [("bert", 1), ("t5", 2)])
+def test_a_proof_holds_for_later_batches_of_its_shapes_where_it_was_found(
+    tiny, monkeypatch, kind, proofs_expected
+):
+    """Of two batches the second trusts the first; not for a T5 with as many texts as tokens: there is no proof."""
+    proofs, separate = [], fisher._separate
+    monkeypatch.setattr(fisher, "_separate", lambda *args: proofs.append(1) or separate(*args))
+    model, generator = tiny(kind, dtype=F64), torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 97, (8, 4), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["labels"] = ids[:, 0] % 2 if kind == "bert" else ids.flip(1)
+    examples = [{name: value[s] for name, value in inputs.items()} for s in range(8)]
+    found = fisher_information(
+        model, examples, batch_size=4, collate=default_collate, log_likelihood=log_likelihood
+    )
+    assert len(proofs) == proofs_expected
+    assert_same(found, {name: value / 8 for name, value in by_loop(model, inputs).items()})
