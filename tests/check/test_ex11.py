@@ -1,0 +1,116 @@
+"""The checks of notebook 11 must reject what learners really write, and say which mistake it is."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pefttutor import check
+from pefttutor.check import ex11, ex11_answers
+
+
+def reason(check_function, attempt):
+    with pytest.raises(AssertionError) as caught:
+        check_function(attempt)
+    return str(caught.value)
+
+
+CASES = [
+    (check.ex11_1, ex11_answers.LINEAR_MISTAKES),
+    (check.ex11_2, ex11_answers.GATE_MISTAKES),
+    (check.ex11_3, ex11_answers.LOTTERY_MISTAKES),
+    (check.ex11_4, ex11_answers.SECOND_ORDER_MISTAKES),
+]
+
+
+@pytest.mark.parametrize(
+    ("check_function", "name", "mistake"), [(c, n, m) for c, mistakes in CASES for n, m in mistakes.items()]
+)
+def test_every_known_mistake_is_rejected_by_its_name(check_function, name, mistake):
+    said = " ".join(reason(check_function, mistake).split())
+    assert f"likely {name}" in said
+
+
+def test_there_are_at_least_eight_for_each():
+    assert all(len(mistakes) >= 8 for _, mistakes in CASES)
+
+
+# ---- written another way, or wrong in yet another
+
+
+class Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, threshold):
+        return (scores > threshold).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_right_answers_written_in_another_way_pass(capsys):
+    def linear(x, weight, scores, threshold):
+        return nn.functional.linear(x, weight * Step.apply(scores, threshold))
+
+    def gate(alpha, u, left, right):
+        s = torch.sigmoid(torch.logit(u) + alpha)
+        z = torch.clamp(left + (right - left) * s, min=0.0, max=1.0)
+        return [z, 1 / (1 + torch.exp(math.log(-left) - math.log(right) - alpha))]
+
+    def ticket(start, first, second, k):
+        moved = {name: (first[name] - w).abs() for name, w in start.items()}
+        limit = torch.cat([m.flatten() for m in moved.values()]).topk(k).values[-1]
+        zero = torch.zeros(())
+        return {n: torch.where(moved[n] >= limit, second[n] - w, zero) for n, w in start.items()}
+
+    def mask(gradients, curvature, k):
+        gain = gradients.mean(0) ** 2 / (2 * curvature)
+        return gain >= gain.topk(k).values[-1]
+
+    answers = {check.ex11_1: linear, check.ex11_3: ticket, check.ex11_4: mask}
+    for check_function, answer in answers.items():
+        assert check_function(answer) is answer
+    paired = lambda *args, **inputs: tuple(gate(*args, **inputs))  # noqa: E731
+    assert check.ex11_2(paired) is paired
+    assert capsys.readouterr().out.count("correct") == 4
+
+
+def detached(x, weight, scores, threshold):
+    mask = (scores > threshold).float()
+    mask.requires_grad_()
+    return x @ (weight * mask).T
+
+
+@pytest.mark.parametrize(
+    ("check_function", "attempt", "says"),
+    [
+        (check.ex11_1, detached, "scores"),
+        (check.ex11_1, lambda **inputs: None, "None"),
+        (check.ex11_2, lambda **inputs: ex11.hard_concrete(**inputs)[0], "tuple"),
+        (check.ex11_3, lambda **inputs: list(ex11.lottery_difference(**inputs).values()), "list"),
+        (check.ex11_3, lambda start, **others: start["d"], "KeyError"),
+        (check.ex11_4, lambda **inputs: ex11.second_order_mask(**inputs).float(), "float32"),
+        (
+            check.ex11_4,
+            lambda gradients, curvature, k: gradients.sum(0).topk(len(curvature) + 1),
+            "RuntimeError",
+        ),
+    ],
+)
+def test_other_wrong_answers_are_rejected_too(check_function, attempt, says):
+    assert says in reason(check_function, attempt)
+
+
+def test_untouched_stubs_give_the_references(capsys):
+    def stub(number):
+        def function(*args, **kwargs):
+            raise NotImplementedError(f"exercise {number}")
+
+        return function
+
+    assert check.ex11_1(stub("11.1")) is ex11.masked_linear
+    assert check.ex11_2(stub("11.2")) is ex11.hard_concrete
+    assert check.ex11_3(stub("11.3")) is ex11.lottery_difference
+    assert check.ex11_4(stub("11.4")) is ex11.second_order_mask
+    assert capsys.readouterr().out.count("not attempted") == 4
