@@ -61,6 +61,7 @@ NAMES_MISTAKES = {
     "named_modules gives the layers; the parameters' names are asked for": lambda model: [
         name for name, layer in model.named_modules() if getattr(layer, "bias", None) is not None
     ],
+    "the names are sorted by the alphabet; keep the model's order": lambda model: sorted(bias_names(model)),
     "these are pairs of name and parameter; return the names": lambda model: [
         (name, p) for name, p in model.named_parameters() if name.split(".")[-1] == "bias"
     ],
@@ -93,7 +94,7 @@ MASKS_MISTAKES = {
     "these are the largest": _masks(largest=True),
     "without the absolute value the most negative come first": _masks(score=lambda w: w),
     "each tensor has its own limit here; rank all entries together": _masks(together=False),
-    "k = ⌊fraction · n⌋; this rounds up": _masks(count=lambda f, n: -int(-f * n // 1)),
+    "k = ⌊fraction · n⌋ rounds down; 9.6 entries are 9, not 10": _masks(count=lambda f, n: -int(-f * n // 1)),
     "the fraction is of entries that train; these are the others": _masks(invert=True),
     "fraction is a share, not percent": _masks(count=lambda f, n: int(f * n / 100)),
     "one entry too many: the k-th itself is included once": _masks(count=lambda f, n: int(f * n) + 1),
