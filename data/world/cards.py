@@ -36,6 +36,10 @@ new head is drawn from a fixed seed). In-context rows use the first {limit} test
 {batch_size}, AdamW, learning rate {probe_lr:g} (probe) and {full_lr:g} (full). Each number is in `measurements.json`; a dash stands
 for what has not been measured yet (`python data/build.py --measure` goes on).
 
+Learning from the context isn't a matter of size alone here. Base was drilled in it: in its last stage two documents of three are
+examples under labels that hold in that document only (`world/rules.py`, `drill`). Nano and small weren't; a nano that was given
+600 steps of such text read the labels of reviews off the examples above them as well (92 %, from 61 %). Base is the one to prompt.
+
 """
 
 
