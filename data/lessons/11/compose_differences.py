@@ -4,9 +4,8 @@
 
 The language is Velan, learnt by campus-nano as a language model; the task is sentiment, in English. Each is learnt by
 LT-SFT: its first phase gives the dense difference, its second the sparse one. A third difference, "short", is a dense
-one of the language that stops as soon as its perplexity isn't above the sparse one's, so that the two know about as much
-of the language. A seed is that of the order of training. Writes composed.json beside this file. Lesson 11 reads it and
-runs one row again.
+one of the language that stops as soon as its perplexity isn't above the sparse one's: the two know about as much of the
+language. A seed is that of the order of training. Writes composed.json beside this file. Lesson 11 reads it.
 """
 
 import copy
