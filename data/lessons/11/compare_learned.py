@@ -4,16 +4,17 @@
 
 Every sparse way trains the new head and k entries of campus-nano, k = the number of its biases, for STEPS steps in
 all: a way with two phases has half of them for each, or, marked "twice", STEPS for each. Masking learns one bit a
-weight instead. Model, task, k, steps and the examples of a seed are those of lesson 09's table.
+weight instead.
 
-A way's learning rate (of its last phase) is the best of LEARNING_RATES by the mean accuracy on validation examples over
-SEARCH_SEEDS, which are no test seeds; first phases take FIRST_LR. A seed draws the training examples, their order and
-whatever the way draws. Writes learned.json beside this file; its accuracies are shares of the test split. Lesson 11
-reads it and runs one row again.
+A seed draws the training examples, their order and whatever the way draws. A way's learning rate (of its last phase;
+first phases take FIRST_LR) is the best of LEARNING_RATES by the mean accuracy on validation examples over SEARCH_SEEDS,
+which are no test seeds; while the best is the smallest or largest tried, the next of GRID is tried too. Writes
+learned.json beside this file; its accuracies are shares of the test split. Lesson 11 reads it and runs one row again.
 """
 
 import copy
 import hashlib
+import inspect
 import json
 import platform
 import sys
@@ -49,23 +50,32 @@ LEARNING_RATES = {way: [3e-3, 1e-2, 3e-2, 1e-1] for way in WAYS} | {
     "Masking": [3e-3, 1e-2, 3e-2],
     "full": [3e-4, 1e-3, 3e-3],
 }
+GRID = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 FIRST_LR = 1e-3  # of the phase that trains everything
 SEEDS, SEARCH_SEEDS = list(range(10)), [100, 101]
 STEPS, BATCH, REFRESHES = 60, 16, 4
 TABLE = Path(__file__).with_name("learned.json")
 
 
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def code():
+    """What decides a row's number: not the search, nor the words above."""
+    functions = (prepared, drawn, random_mask, trained, accuracy)
+    return "".join(map(inspect.getsource, functions)) + repr(
+        [MODEL, HEAD, MATRICES, FIRST_LR, STEPS, BATCH, REFRESHES]
+    )
 
 
 def provenance():
     """Where the table comes from; rows of another provenance are thrown away."""
     return {
         "command": "python data/lessons/11/compare_learned.py",
-        "script_sha256": sha256(Path(__file__)),
+        "code_sha256": sha256(code().encode()),
         "model": MODEL,
-        "model_sha256": sha256(root() / "models" / MODEL / "model.safetensors"),
+        "model_sha256": sha256((root() / "models" / MODEL / "model.safetensors").read_bytes()),
         "tasks": {
             task: json.loads((root() / "tasks" / task / "task.json").read_text())["fingerprint"]
             for task, _ in CASES
@@ -160,13 +170,18 @@ def accuracy(way, task, n, lr, seed, split):
     return pefttutor.evaluate(trained(way, task, n, lr, seed), prepared(task)[1][split])["accuracy"]
 
 
-def best_lr(rows, way, task, n):
+def best_lr(run, way, task, n):
     """The learning rate with the best mean on validation; the smaller one if two are equal."""
-    means = {
-        lr: sum(rows[f"validation {task} {n} {way} {lr} {seed}"] for seed in SEARCH_SEEDS)
-        for lr in LEARNING_RATES[way]
-    }
-    return max(means, key=lambda lr: means[lr])
+    tried = [GRID.index(lr) for lr in LEARNING_RATES[way]]
+    while True:
+        means = {
+            i: sum(run("validation", task, n, way, GRID[i], seed) for seed in SEARCH_SEEDS) for i in tried
+        }
+        best = max(tried, key=lambda i: (means[i], -i))
+        wider = {min(tried): min(tried) - 1, max(tried): max(tried) + 1}.get(best)
+        if wider is None or wider not in range(len(GRID)):
+            return GRID[best]
+        tried.append(wider)
 
 
 def main():
@@ -182,14 +197,11 @@ def main():
             rows[key] = round(accuracy(way, task, n, lr, seed, split), 6)
             write_atomically(TABLE, json.dumps(table, indent=1) + "\n")
             print(key, rows[key], file=sys.stderr, flush=True)
+        return rows[key]
 
     for task, n in CASES:
         for way in WAYS:
-            for seed in SEARCH_SEEDS:
-                for lr in LEARNING_RATES[way]:
-                    run("validation", task, n, way, lr, seed)
-            lr = best_lr(rows, way, task, n)
-            table["learning_rates"][f"{task} {n} {way}"] = lr
+            lr = table["learning_rates"][f"{task} {n} {way}"] = best_lr(run, way, task, n)
             for seed in SEEDS:
                 run("test", task, n, way, lr, seed)
     write_atomically(TABLE, json.dumps(table, indent=1) + "\n")
