@@ -60,13 +60,11 @@ RECIPES = {
     "campus-nano-1": Recipe(**_SHAPES["nano"], **_EARLY, steps=700, start="campus-seed", seed=5),
     "campus-small-1": Recipe(**_SHAPES["small"], **_EARLY, steps=900, start="campus-seed", seed=2),
     "campus-base-1": Recipe(**_SHAPES["base"], **_LATER, steps=560, start="campus-small", seed=13),
-    "campus-base-2": Recipe(**_SHAPES["base"], **_LATER | dict(inferable=12.0), drills=0.65, steps=1400, start="campus-base-1",
-                            seed=17, generator="172fbaa"),
     # The models of data/models: each goes on from its stage. Base alone is drilled in learning from its context.
     "campus-nano": Recipe(**_SHAPES["nano"], **_LATER, steps=1400, start="campus-nano-1", seed=15),
     "campus-small": Recipe(**_SHAPES["small"], **_LATER, steps=1250, start="campus-small-1", seed=12),
-    "campus-base": Recipe(**_SHAPES["base"] | dict(muon_lr=0.006, adam_lr=1e-3), **_LATER | dict(inferable=12.0), drills=0.65, steps=300,
-                          start="campus-base-2", seed=18, generator="5bf57be"),
+    "campus-base": Recipe(**_SHAPES["base"], **_LATER | dict(inferable=12.0), drills=0.65, steps=1400, start="campus-base-1",
+                          seed=17, generator="172fbaa"),
     "campus-encoder": Recipe(256, 4, 8, 704, steps=640, start="campus-small-1", encoder=True, rows=32, length=128,
                              muon_lr=0.015, adam_lr=2e-3, seed=4),
 }  # fmt: skip

@@ -155,7 +155,6 @@ OPERATIONS: dict[str, Rule] = {
     "reverse": _on_words(lambda w: " ".join(reversed(w)), 2, 4),
     "sort": _on_words(lambda w: " ".join(sorted(w)), 2, 4),
     "count": _on_words(lambda w: str(len(w)), 1, 6),
-    "count_in_words": _on_words(lambda w: lx.NUMBERS[len(w)], 1, 6),
     "copy": _on_words(" ".join, 1, 3),
     "twice": _on_words(lambda w: f"{w[0]} {w[0]}", 1, 1),
     "sort_numbers": _on_numbers(lambda n: " ".join(map(str, sorted(n))), 2, 5),
@@ -227,17 +226,17 @@ _ANY_HEADS = [w.capitalize() for w in _WORDS + lx.LABEL_WORDS]
 _JUDGED = ((-2, -1), (1, 2))
 # Rules for `drill`, by how often they come: what decides is first a word, then a clause, then a sentence.
 _DRILLS: dict[str, tuple[float, Rule]] = {
-    "adjective": (1, _classes(lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2, _WORDS)),
-    "statement": (1, _classes(lambda rng, i: prose.statement(rng, rng.choice(_JUDGED[i]), rng.choice(prose.ASPECTS)), 2, _WORDS)),
-    "sentiment": (2, _classes(lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2, _WORDS)),
+    "adjective": (2, _classes(lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2, _WORDS)),
+    "statement": (3, _classes(lambda rng, i: prose.statement(rng, rng.choice(_JUDGED[i]), rng.choice(prose.ASPECTS)), 2, _WORDS)),
+    "sentiment": (3, _classes(lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2, _WORDS)),
     "stars": (1.5, _classes(lambda rng, i: prose.review(rng, i + 1), 5, _WORDS, all_of_them=True)),
-    "topic": (3, _classes(lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS), _WORDS)),
-    "kind": (1, _classes(_category, len(lx.CATEGORIES), _WORDS)),
+    "topic": (4, _classes(lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS), _WORDS)),
+    "kind": (2, _classes(_category, len(lx.CATEGORIES), _WORDS)),
     "register": (0.7, _classes(_sides, 2, _WORDS)),
-    "follows": (1.5, _classes(lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3, _WORDS)),
+    "follows": (1, _classes(lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3, _WORDS)),
     "same": (0.5, _classes(lambda rng, i: " ; ".join(reasoning.paraphrase(rng, bool(i))), 2, _WORDS)),
-    "mentions": (1, _mentions), "strange": (2, _strange), "called": (8, _called), "question": (2, OPERATIONS["question"]),
-    **{name: (1, OPERATIONS[name]) for name in ("sort_numbers", "count", "count_in_words", "last", "first", "opposite", "plural", "category")},
+    "mentions": (2, _mentions), "strange": (3, _strange), "called": (3, _called), "question": (2, OPERATIONS["question"]),
+    "sort_numbers": (1, OPERATIONS["sort_numbers"]), "count": (1, OPERATIONS["count"]), "last": (1, OPERATIONS["last"]),
 }  # fmt: skip
 _LABELLED = {"adjective", "statement", "sentiment", "stars", "topic", "kind", "register", "follows", "same", "mentions", "strange"}  # fmt: skip
 
