@@ -186,12 +186,13 @@ def _continued(model: Any, tokenizer: Any, prompts: list[list[int]], answers: li
     first = out.logits[:, -1].float().log_softmax(-1)[:, words[:, 0]]  # (prompts, answers)
     if longest == 1:
         return first
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(k)
+    name = "cache" if "cache" in out else "past_key_values"  # transformers renamed it in 5.24
+    cache = {name: out[name]}
+    cache[name].batch_repeat_interleave(k)
     given = words[:, :-1].clamp(min=0).repeat(n, 1)  # (prompts · answers, longest − 1)
     mask = torch.cat([mask.repeat_interleave(k, 0), torch.ones_like(given)], 1)
     after = places[:, -1:].repeat_interleave(k, 0) + torch.arange(1, longest, device=device)
-    logits = model(input_ids=given, attention_mask=mask, position_ids=after, past_key_values=cache).logits
+    logits = model(input_ids=given, attention_mask=mask, position_ids=after, **cache).logits
     rest = words[:, 1:].repeat(n, 1)
     taken = logits.float().log_softmax(-1).gather(-1, rest.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     summed = (taken * (rest != -100)).sum(1).view(n, k) + first
