@@ -3,8 +3,8 @@
     python data/lessons/11/compare_learned.py        about 20 minutes on a quiet core; goes on where it was stopped
 
 Every sparse way trains the new head and k entries of campus-nano, k = the number of its biases, for STEPS steps in
-all: a way with two phases has half of them for each, or, marked "twice", STEPS for each. Masking learns one bit a
-weight instead.
+all: a way with two phases has half of them for each. Marked "twice", it has twice as many, so STEPS for each phase.
+Masking learns one bit a weight instead.
 
 A seed draws the training examples, their order and whatever the way draws. A way's learning rate (of its last phase;
 first phases take FIRST_LR) is the best of LEARNING_RATES by the mean accuracy on validation examples over SEARCH_SEEDS,
@@ -36,6 +36,7 @@ CASES = [("sentiment", 256)]
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPARSE = [
     "random",
+    "random, twice",
     "biases",
     "FISH",
     "Fish-Dip",
@@ -144,7 +145,7 @@ def trained(way, task, n, lr, seed):
     else:
         if way == "full":
             model.requires_grad_(True)
-        elif way == "random":
+        elif way.startswith("random"):
             pefttutor.SparseFineTuning(**saved).attach(model, random_mask(model, k, seed))
         elif way in ("frozen + head", "biases", "Masking"):
             method = {
@@ -160,7 +161,7 @@ def trained(way, task, n, lr, seed):
                 "second order": pefttutor.SecondOrderMask(fraction=fraction, per_tensor=False, **saved),
             }[way]
             method.attach(model, examples)
-        fit(STEPS, lr)
+        fit(2 * STEPS if "twice" in way else STEPS, lr)
     if way in SPARSE and way != "biases":
         assert sum(len(index) for index in entries.entries(model).values()) == k
     return model
