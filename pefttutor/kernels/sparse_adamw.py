@@ -24,7 +24,19 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]
 
-CHUNK = 1 << 20  # entries whose places are widened to int64 at once
+CHUNK = 1 << 20  # entries whose places are widened to int64 at once, where that is needed
+
+
+def _scatters_by_int32() -> bool:
+    """Whether this torch scatters by int32 places (2.13 does); an older one needs them as int64."""
+    try:
+        torch.zeros(1).scatter_(0, torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+    except RuntimeError:
+        return False
+    return True
+
+
+_SHORT = _scatters_by_int32()
 
 
 def sparse_adamw_reference(
@@ -70,7 +82,7 @@ def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
         raise ValueError(f"write: the tensor {tuple(tensor.shape)} isn't contiguous; call contiguous() first")
     flat, values = tensor.data.view(-1), values.detach().to(tensor.dtype)
     for places, chunk in zip(index.split(CHUNK), values.split(CHUNK), strict=True):
-        flat.scatter_(0, places.long(), chunk)  # a third of index_copy_'s time
+        flat.scatter_(0, places if _SHORT else places.long(), chunk)  # a third of index_copy_'s time
 
 
 def selected(values: Tensor, weight: Tensor, index: Tensor) -> Tensor:
