@@ -116,8 +116,9 @@ with, in the last of them,
 Licence: {LICENCE}
 
 Known limits: it has read the little world and nothing else, {recipe.length} tokens at a time; what it can do is in data/README.md.
-A stage read the text that the scripts wrote at its commit; today's scripts may write more kinds of text. So the commands give a
-model of the same kind, and the same bits only at those commits, on the same processor, with the same number of threads.
+A stage read the text that the scripts wrote at its commit (14fb006 stands for commits shortly before it, which weren't kept);
+today's scripts may write more kinds of text. So the commands give a model of the same kind; the same bits at best at those
+commits, on the same processor, with the same number of threads.
 """
 
 
