@@ -1,37 +1,12 @@
-"""The checks of notebook 08 must reject what learners really write, and say which mistake it is."""
+"""The checks of notebook 08 against what isn't ours, and on answers written in other ways (see test_mistakes)."""
 
 import pytest
 import torch
 from torch import nn
 
 from pefttutor import check
-from pefttutor.check import ex08, ex08_answers
-
-
-def reason(check_function, attempt):
-    with pytest.raises(AssertionError) as caught:
-        check_function(attempt)
-    return str(caught.value)
-
-
-CASES = [
-    (check.ex08_1, ex08_answers.NAMES_MISTAKES),
-    (check.ex08_2, ex08_answers.MASKS_MISTAKES),
-    (check.ex08_3, ex08_answers.STEP_MISTAKES),
-]
-
-
-@pytest.mark.parametrize(
-    ("check_function", "name", "mistake"), [(c, n, m) for c, mistakes in CASES for n, m in mistakes.items()]
-)
-def test_every_known_mistake_is_rejected_by_its_name(check_function, name, mistake):
-    said = " ".join(reason(check_function, mistake).split())
-    assert f"likely {name}" in said
-
-
-def test_there_are_at_least_eight_for_each():
-    assert all(len(mistakes) >= 8 for _, mistakes in CASES)
-
+from pefttutor.check import ex08
+from tests.check.rejection import reason
 
 # ---- written another way, or wrong in yet another
 

@@ -9,14 +9,7 @@ from torch.nn import functional as F
 
 from pefttutor import check
 from pefttutor.check import ex12
-
-
-def reason(check_function, attempt):
-    """The message with which a wrong answer is rejected."""
-    with pytest.raises(AssertionError) as caught:
-        check_function(attempt)
-    return str(caught.value)
-
+from tests.check.rejection import reason
 
 # ---- 12.1: the forward pass
 

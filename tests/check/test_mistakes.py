@@ -1,0 +1,50 @@
+"""Every mistake that a check knows is rejected by its name; each exercise knows eight or more."""
+
+import pytest
+
+from pefttutor import check
+from pefttutor.check import ex02_answers, ex08_answers, ex09_answers, ex10_answers, ex11_answers, ex12_answers
+from tests.check.rejection import reason
+
+MISTAKES = {
+    check.ex02_1: ex02_answers.STATIC_MISTAKES,
+    check.ex02_2: ex02_answers.FEED_FORWARD_MISTAKES,
+    check.ex02_3: ex02_answers.CACHE_MISTAKES,
+    check.ex08_1: ex08_answers.NAMES_MISTAKES,
+    check.ex08_2: ex08_answers.MASKS_MISTAKES,
+    check.ex08_3: ex08_answers.STEP_MISTAKES,
+    check.ex09_1: ex09_answers.TRUE_FISHER_MISTAKES,
+    check.ex09_2: ex09_answers.SQUARED_MISTAKES,
+    check.ex09_3: ex09_answers.MASKS_MISTAKES,
+    check.ex10_1: ex10_answers.GRADIENTS_MISTAKES,
+    check.ex10_2: ex10_answers.SHARE_MISTAKES,
+    check.ex10_3: ex10_answers.ADAMW_MISTAKES,
+    check.ex10_4: ex10_answers.PAIRED_MISTAKES,
+    check.ex11_1: ex11_answers.LINEAR_MISTAKES,
+    check.ex11_2: ex11_answers.GATE_MISTAKES,
+    check.ex11_3: ex11_answers.LOTTERY_MISTAKES,
+    check.ex11_4: ex11_answers.SECOND_ORDER_MISTAKES,
+    check.ex12_1: ex12_answers.FORWARD_MISTAKES,
+    check.ex12_2: ex12_answers.MERGE_MISTAKES,
+    check.ex12_3: ex12_answers.COUNT_MISTAKES,
+    check.ex12_4: ex12_answers.TRUNCATE_MISTAKES,
+}
+ELSEWHERE = {"ex00_1", "ex00_2", "ex00_3"}  # their wrong answers are written out in test_ex00.py
+
+
+@pytest.mark.parametrize(
+    ("check_function", "name"), [(c, n) for c, known in MISTAKES.items() for n in known],
+    ids=lambda value: getattr(value, "__name__", value),
+)  # fmt: skip
+def test_every_known_mistake_is_rejected_by_its_name(check_function, name):
+    said = " ".join(reason(check_function, MISTAKES[check_function][name]).split())
+    assert f"likely {name}" in said
+
+
+def test_every_exercise_is_here():
+    assert {c.__name__ for c in MISTAKES} | ELSEWHERE == {n for n in dir(check)}
+
+
+@pytest.mark.parametrize("check_function", MISTAKES)
+def test_there_are_at_least_eight(check_function):
+    assert len(MISTAKES[check_function]) >= 8
