@@ -13,13 +13,12 @@ from pefttutor.check.ex10_answers import (
     ADAMW_MISTAKES,
     GRADIENTS_MISTAKES,
     IN_PLACE,
-    PAIRED_MISTAKES,
     SHARE_MISTAKES,
     masked_adamw,
     masked_gradients,
-    paired,
     share_outside,
 )
+from pefttutor.check.ex10_pairs import PAIRED_MISTAKES, paired
 from pefttutor.check.values import close, fresh
 
 

@@ -3,7 +3,15 @@
 import pytest
 
 from pefttutor import check
-from pefttutor.check import ex02_answers, ex08_answers, ex09_answers, ex10_answers, ex11_answers, ex12_answers
+from pefttutor.check import (
+    ex02_answers,
+    ex08_answers,
+    ex09_answers,
+    ex10_answers,
+    ex10_pairs,
+    ex11_answers,
+    ex12_answers,
+)
 from tests.check.rejection import reason
 
 MISTAKES = {
@@ -19,7 +27,7 @@ MISTAKES = {
     check.ex10_1: ex10_answers.GRADIENTS_MISTAKES,
     check.ex10_2: ex10_answers.SHARE_MISTAKES,
     check.ex10_3: ex10_answers.ADAMW_MISTAKES,
-    check.ex10_4: ex10_answers.PAIRED_MISTAKES,
+    check.ex10_4: ex10_pairs.PAIRED_MISTAKES,
     check.ex11_1: ex11_answers.LINEAR_MISTAKES,
     check.ex11_2: ex11_answers.GATE_MISTAKES,
     check.ex11_3: ex11_answers.LOTTERY_MISTAKES,
