@@ -153,7 +153,29 @@ def _checked(weight: Tensor, index: Tensor) -> Tensor:
     return index
 
 
-class SparseAdamW(torch.optim.AdamW):
+class _OnChosen(torch.optim.Optimizer):
+    """What makes an optimizer of torch, the next class in line, train the chosen entries alone."""
+
+    def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]], lr: float = 1e-3, **settings: Any) -> None:
+        self._chosen = _Chosen(chosen)
+        super().__init__(self._chosen.values, lr=lr, **settings)  # type: ignore[call-arg]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._chosen.gather()
+        super().step()  # type: ignore[call-arg]
+        self._chosen.scatter()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the tensors whose entries are trained."""
+        self._chosen.zero_grad()
+
+
+class SparseAdamW(_OnChosen, torch.optim.AdamW):
     """torch's AdamW on chosen entries: k values of each moment, and the other entries are never written.
 
         optimizer = SparseAdamW([(layer.weight, index)], lr=1e-3)     # layer.weight.grad is read, dense or not
@@ -166,39 +188,6 @@ class SparseAdamW(torch.optim.AdamW):
     Source: Loshchilov & Hutter 2019, algorithm 2; the subset is chapter eq. 4.6.
     """
 
-    def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]], lr: float = 1e-3, **settings: Any) -> None:
-        self._chosen = _Chosen(chosen)
-        super().__init__(self._chosen.values, lr=lr, **settings)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return _step(self, super().step, closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of the tensors whose entries are trained."""
-        self._chosen.zero_grad()
-
-
-class SparseSGD(torch.optim.SGD):
+class SparseSGD(_OnChosen, torch.optim.SGD):
     """torch's SGD, with momentum and weight decay if asked for, on chosen entries; otherwise as `SparseAdamW`."""
-
-    def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]], lr: float = 1e-3, **settings: Any) -> None:
-        self._chosen = _Chosen(chosen)
-        super().__init__(self._chosen.values, lr=lr, **settings)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return _step(self, super().step, closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of the tensors whose entries are trained."""
-        self._chosen.zero_grad()
-
-
-def _step(optimizer: Any, dense_step: Callable[[], Any], closure: Callable[[], Any] | None) -> Any:
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
-    optimizer._chosen.gather()
-    dense_step()
-    optimizer._chosen.scatter()
-    return loss

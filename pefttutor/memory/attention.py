@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pefttutor.memory.tape import FLOAT, Paper, Tape
+from pefttutor.memory.paper import FLOAT, Paper
+from pefttutor.memory.tape import Tape
 
 __all__ = ["ATTENTION", "Attention"]
 

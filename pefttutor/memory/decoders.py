@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pefttutor.memory.paper import INDEX, Paper
 from pefttutor.memory.step import Step, opened
-from pefttutor.memory.tape import INDEX, Paper, Tape
+from pefttutor.memory.tape import Tape
 
 __all__ = ["bloom", "gpt2", "llama"]
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from pefttutor.memory.attention import Attention
 from pefttutor.memory.layers import trains
+from pefttutor.memory.paper import INDEX, Paper
 from pefttutor.memory.step import Step, opened
-from pefttutor.memory.tape import INDEX, Paper, Tape
+from pefttutor.memory.tape import Tape
 
 __all__ = ["bert", "t5", "vit"]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from pefttutor.memory.decoders import bloom, gpt2, llama
 from pefttutor.memory.encoders import bert, t5, vit
+from pefttutor.memory.paper import Paper
 from pefttutor.memory.step import Step
-from pefttutor.memory.tape import Paper, Tape
+from pefttutor.memory.tape import Tape
 
 __all__ = ["FAMILIES"]
 

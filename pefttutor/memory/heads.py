@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pefttutor.memory.layers import trains
+from pefttutor.memory.paper import Paper
 from pefttutor.memory.step import Step
-from pefttutor.memory.tape import Paper, Tape
+from pefttutor.memory.tape import Tape
 
 __all__ = ["head"]
 

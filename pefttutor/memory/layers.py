@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pefttutor.memory.tape import FLOAT, Paper, Tape
+from pefttutor.memory.paper import FLOAT, Paper
+
+if TYPE_CHECKING:
+    from pefttutor.memory.tape import Tape
 
 __all__ = ["RULES", "plain_rule", "run_alone", "trains"]
 
@@ -59,7 +62,7 @@ def _rms_norm(tape: Tape, layer: Any, x: Paper, kind: str, *, upcast: bool = Tru
     return tape.mul(tape.cast(product, x.itemsize), weight, kind)
 
 
-Rule = Callable[[Tape, Any, Paper, str], Paper]
+Rule = Callable[["Tape", Any, Paper, str], Paper]
 _RMS: dict[str, Rule] = {f"{name}RMSNorm": _rms_norm for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 RULES: dict[str, Rule] = {
     "Linear": _linear,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pefttutor.memory.attention import Attention
-from pefttutor.memory.tape import INDEX, Paper, Tape
+from pefttutor.memory.paper import INDEX, Paper
+from pefttutor.memory.tape import Tape
 
 __all__ = ["Step", "opened"]
 

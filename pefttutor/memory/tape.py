@@ -19,44 +19,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["FLOAT", "INDEX", "KINDS", "Paper", "Tape"]
+from pefttutor.memory.layers import plain_rule, run_alone
+from pefttutor.memory.paper import FLOAT, INDEX, KINDS, Paper
 
-KINDS = ("embeddings", "attention", "ffn", "norms", "dropout", "layer inputs", "logits and loss")
-FLOAT = 4  # bytes: what norms, softmax and the loss compute in
-INDEX = 8  # bytes of an integer label or token id
-
-
-@dataclass(eq=False, frozen=True)
-class Paper:
-    """A tensor's outline. Shapes: (rows, width), rows = batch · sequence where nothing else is said.
-
-    again: whether `kernels.recompute` would make it again rather than keep it. own: the tensor it is a view of.
-    """
-
-    rows: int
-    width: int
-    itemsize: int
-    grad: bool
-    again: bool = False
-    own: Paper | None = None
-
-    @property
-    def numel(self) -> int:
-        return self.rows * self.width
-
-    @property
-    def storage(self) -> Paper:
-        return self.own or self
-
-    def view(self, rows: int | None = None, width: int | None = None) -> Paper:
-        """The same storage under another shape."""
-        rows, width = rows or self.rows, width or self.width
-        return replace(self, rows=rows, width=width, again=False, own=self.storage)
-
-    def like(self, *others: Paper, **changes: Any) -> Paper:
-        """A new tensor of this outline, with a gradient if this one or one of the others has."""
-        grad = any(paper.grad for paper in (self, *others))
-        return replace(self, **({"grad": grad, "again": False, "own": None} | changes))
+__all__ = ["Tape"]
 
 
 @dataclass
@@ -81,8 +47,6 @@ class Tape:
 
     def call(self, layer: Any, x: Paper, kind: str) -> Paper:
         """One layer of a model, by the rule of its type; the method's own layers by the method's rule."""
-        from pefttutor.memory.layers import plain_rule, run_alone
-
         rule = plain_rule(layer)
         if rule is not None:
             return rule(self, layer, x, kind)
