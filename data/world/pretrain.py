@@ -65,6 +65,9 @@ RECIPES = {
     "campus-small": Recipe(**_SHAPES["small"], **_LATER, steps=1250, start="campus-small-1", seed=12),
     "campus-base": Recipe(**_SHAPES["base"], **_LATER | dict(inferable=12.0), drills=0.65, steps=1400, start="campus-base-1",
                           seed=17, generator="172fbaa"),
+    # Not shipped: the smallest model with base's last stage, to tell what size does from what the drills do.
+    "campus-nano-drilled": Recipe(**_SHAPES["nano"], **_LATER | dict(inferable=12.0), drills=0.65, steps=600, start="campus-nano",
+                                  seed=19, generator="172fbaa"),
     "campus-encoder": Recipe(256, 4, 8, 704, steps=640, start="campus-small-1", encoder=True, rows=32, length=128,
                              muon_lr=0.015, adam_lr=2e-3, seed=4),
 }  # fmt: skip

@@ -170,21 +170,20 @@ OPERATIONS: dict[str, Rule] = {
     "job": lambda _: lambda rng: ((p := rng.choice(people())).name, p.job),
     "town_product": lambda _: lambda rng: ((t := rng.choice(towns())).name, t.product),
 }
-CLASSIFICATIONS: dict[str, Rule] = {
-    "topic": _classes(lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS)),
-    "sentiment": _classes(lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2),
-    "adjective": _classes(
-        lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2
-    ),
-    "kind": _classes(_category, len(lx.CATEGORIES)),
-    "register": _classes(_sides, 2),
-    "parity": _classes(lambda rng, i: str(2 * rng.randint(0, 49) + i), 2),
-    "pronoun": _classes(lambda rng, i: rng.choice([p.first for p in people() if p.she == bool(i)][:99]), 2),
-    "follows": _classes(lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3),
-    "same": _classes(lambda rng, i: " ; ".join(reasoning.paraphrase(rng, bool(i))), 2),
-    "strange": _strange,
-    "mentions": _mentions,
+# What an example of class i looks like, and how many classes there are.
+_CLASSES: dict[str, tuple[Callable[[random.Random, int], str], int]] = {
+    "topic": (lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS)),
+    "sentiment": (lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2),
+    "adjective": (lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2),
+    "kind": (_category, len(lx.CATEGORIES)),
+    "register": (_sides, 2),
+    "parity": (lambda rng, i: str(2 * rng.randint(0, 49) + i), 2),
+    "pronoun": (lambda rng, i: rng.choice([p.first for p in people() if p.she == bool(i)][:99]), 2),
+    "follows": (lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3),
+    "same": (lambda rng, i: " ; ".join(reasoning.paraphrase(rng, bool(i))), 2),
 }
+_OWN_LABELS: dict[str, Rule] = {"strange": _strange, "mentions": _mentions}
+CLASSIFICATIONS: dict[str, Rule] = {name: _classes(*of) for name, of in _CLASSES.items()} | _OWN_LABELS
 
 
 _LONG = (
@@ -224,21 +223,14 @@ _WORDS = sorted({*lx.COLOURS, *lx.NUMBERS, *lx.THINGS, *lx.JOBS, *lx.SITES, *lx.
                  *prose.GOOD, *prose.BAD, *prose.GREAT, *prose.AWFUL, *lx.WEEKDAYS, *"yes no maybe same different home true false".split()})  # fmt: skip
 _ANY_HEADS = [w.capitalize() for w in _WORDS + lx.LABEL_WORDS]
 _JUDGED = ((-2, -1), (1, 2))
-# Rules for `drill`, by how often they come: what decides is first a word, then a clause, then a sentence.
-_DRILLS: dict[str, tuple[float, Rule]] = {
-    "adjective": (2, _classes(lambda rng, i: rng.choice((prose.GOOD + prose.GREAT, prose.BAD + prose.AWFUL)[i]), 2, _WORDS)),
-    "statement": (3, _classes(lambda rng, i: prose.statement(rng, rng.choice(_JUDGED[i]), rng.choice(prose.ASPECTS)), 2, _WORDS)),
-    "sentiment": (3, _classes(lambda rng, i: prose.review(rng, rng.choice(((1, 2), (4, 5))[i])), 2, _WORDS)),
-    "stars": (1.5, _classes(lambda rng, i: prose.review(rng, i + 1), 5, _WORDS, all_of_them=True)),
-    "topic": (4, _classes(lambda rng, i: prose.news(rng, prose.TOPICS[i]), len(prose.TOPICS), _WORDS)),
-    "kind": (2, _classes(_category, len(lx.CATEGORIES), _WORDS)),
-    "register": (0.7, _classes(_sides, 2, _WORDS)),
-    "follows": (1, _classes(lambda rng, i: " ; ".join(reasoning.entailment(rng, i)), 3, _WORDS)),
-    "same": (0.5, _classes(lambda rng, i: " ; ".join(reasoning.paraphrase(rng, bool(i))), 2, _WORDS)),
-    "mentions": (2, _mentions), "strange": (3, _strange), "called": (3, _called), "question": (2, OPERATIONS["question"]),
-    "sort_numbers": (1, OPERATIONS["sort_numbers"]), "count": (1, OPERATIONS["count"]), "last": (1, OPERATIONS["last"]),
+_LABELLED: dict[str, Rule] = {name: _classes(*of, _WORDS) for name, of in _CLASSES.items()} | _OWN_LABELS | {
+    "statement": _classes(lambda rng, i: prose.statement(rng, rng.choice(_JUDGED[i]), rng.choice(prose.ASPECTS)), 2, _WORDS),
+    "stars": _classes(lambda rng, i: prose.review(rng, i + 1), 5, _WORDS, all_of_them=True),
 }  # fmt: skip
-_LABELLED = {"adjective", "statement", "sentiment", "stars", "topic", "kind", "register", "follows", "same", "mentions", "strange"}  # fmt: skip
+_DRILLS: dict[str, Rule] = OPERATIONS | {"called": _called} | _LABELLED
+# How often each comes in a drill: what decides is first a word, then a clause, then a sentence.
+_SHARES = {"adjective": 2, "statement": 3, "sentiment": 3, "stars": 1.5, "topic": 4, "kind": 2, "register": 0.7, "follows": 1, "same": 0.5,
+           "mentions": 2, "strange": 3, "called": 3, "question": 2, "sort_numbers": 1, "count": 1, "last": 1}  # fmt: skip
 
 
 def drill(rng: random.Random, name: str | None = None) -> str:
@@ -247,8 +239,8 @@ def drill(rng: random.Random, name: str | None = None) -> str:
     A label is marked from its second time on: before that, nothing tells it. Whoever reads mostly these learns to compare a new
     sentence with those above and to copy the label of the most similar one.
     """
-    name = name or rng.choices(list(_DRILLS), [share for share, _ in _DRILLS.values()])[0]
-    draw = _DRILLS[name][1](rng)
+    name = name or rng.choices(list(_SHARES), list(_SHARES.values()))[0]
+    draw = _DRILLS[name](rng)
     template = rng.choice(_TEMPLATES if rng.random() < 0.15 else (_HEADED[0], *_HEADED))
     a, b = rng.sample(_ANY_HEADS, 2)
     examples = [
