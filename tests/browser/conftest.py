@@ -43,6 +43,17 @@ LISTEN = """() => {
   window.ran = window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = 'done'; });
 }"""
 
+CONTRAST = """element => {
+  const rgb = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => rgb(colour).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  let under = element;
+  while (under && rgb(getComputedStyle(under).backgroundColor)[3] === 0) under = under.parentElement;
+  const [a, b] = [light(getComputedStyle(element).color), light(getComputedStyle(under).backgroundColor)];
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+}"""
+
 
 @dataclass
 class Lab:
@@ -96,6 +107,17 @@ class Notebook:
 
     def problems(self) -> list[str]:
         return self.errors + self.outside + self.page.evaluate("() => window.kernelErrors")
+
+    def switch_to(self, theme: str) -> None:
+        self.page.evaluate(
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme
+        )
+        self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+        self.page.wait_for_timeout(500)  # the theme's style sheet arrives after its name
+
+    def contrast(self, selector: str) -> float:
+        """Between the first such element's text and what is under it, as WCAG 2 counts it: 1 to 21."""
+        return float(self.page.locator(selector).first.evaluate(CONTRAST))
 
     def shot(self, name: str) -> None:
         """Keep a screenshot of the last output where PEFTTUTOR_SHOTS says, for a person to look at."""

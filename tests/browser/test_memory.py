@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.test_widgets import CONTRAST, caption, picture
+from tests.browser.test_widgets import caption, picture
 
 pytestmark = pytest.mark.browser
 
@@ -59,13 +59,9 @@ def test_the_keyboard_changes_the_batch_and_the_picture_follows(notebook):
 
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
 def test_every_word_can_be_read_in_both_themes(notebook, theme):
-    page = notebook.page
-    page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-    page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
-    page.wait_for_timeout(500)  # the theme's style sheet arrives after its name
+    notebook.switch_to(theme)
     for selector in ("[role=status]", ".widget-label"):
-        words = page.locator(f".jp-OutputArea-output {selector}").first
-        assert words.evaluate(CONTRAST) >= 4.5, selector  # WCAG 2, level AA
+        assert notebook.contrast(f".jp-OutputArea-output {selector}") >= 4.5, selector  # WCAG 2, level AA
     notebook.shot(f"memory-{theme.replace(' ', '-').lower()}")
     assert notebook.problems() == []
 

@@ -101,27 +101,11 @@ def test_arrow_keys_move_the_slider_and_the_picture_follows(notebook):
     assert notebook.problems() == []
 
 
-CONTRAST = """element => {
-  const rgb = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = colour => rgb(colour).slice(0, 3).map(v => v / 255)
-    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  let under = element;
-  while (under && rgb(getComputedStyle(under).backgroundColor)[3] === 0) under = under.parentElement;
-  const [a, b] = [light(getComputedStyle(element).color), light(getComputedStyle(under).backgroundColor)];
-  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-}"""
-
-
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
 def test_every_word_can_be_read_in_both_themes(notebook, theme):
-    page = notebook.page
-    page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-    page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
-    page.wait_for_timeout(500)  # the theme's style sheet arrives after its name
+    notebook.switch_to(theme)
     for selector in ("[role=status]", ".widget-label", ".widget-readout"):
-        words = page.locator(f".jp-OutputArea-output {selector}").first
-        assert words.evaluate(CONTRAST) >= 4.5, selector  # WCAG 2, level AA
+        assert notebook.contrast(f".jp-OutputArea-output {selector}") >= 4.5, selector  # WCAG 2, level AA
     notebook.shot(theme.replace(" ", "-").lower())
     assert notebook.problems() == []
 
@@ -135,7 +119,7 @@ def test_an_error_is_shown_where_the_reader_looks(lab):
     alert = page.locator("[role=alert]")
     alert.wait_for()
     assert "ValueError: not this rank" in alert.text_content()
-    assert alert.evaluate(CONTRAST) >= 4.5
+    assert opened.contrast("[role=alert]") >= 4.5
     opened.shot("error")
     page.keyboard.press("ArrowRight")
     alert.wait_for(state="detached")

@@ -41,17 +41,21 @@ def gradients(tensors, step):
         tensor.grad = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
 
+def side_by_side(*sides, steps):
+    """Steps of every side's optimizer on the same gradients."""
+    for step in range(steps):
+        for tensors, optimizer in sides:
+            gradients(tensors, step)
+            optimizer.step()
+
+
 @pytest.mark.parametrize(("ours", "torchs", "settings"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_with_everything_chosen_it_is_torchs_own_bit_for_bit(ours, torchs, settings, dtype):
     one, two = draw(dtype), draw(dtype)
     _, index = choose(one, 2.0)
     a, b = ours(zip(one, index, strict=True), lr=0.05, **settings), torchs(two, lr=0.05, **settings)
-    for step in range(6):
-        gradients(one, step)
-        gradients(two, step)
-        a.step()
-        b.step()
+    side_by_side((one, a), (two, b), steps=6)
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
@@ -61,11 +65,7 @@ def test_chosen_entries_move_as_in_torch_and_no_other_moves_at_all(ours, torchs,
     start = copy.deepcopy(one)
     masks, index = choose(one, 0.4)
     a, b = ours(zip(one, index, strict=True), lr=0.05, **settings), torchs(two, lr=0.05, **settings)
-    for step in range(8):
-        gradients(one, step)
-        gradients(two, step)
-        a.step()
-        b.step()
+    side_by_side((one, a), (two, b), steps=8)
     for x, y, before, mask in zip(one, two, start, masks, strict=True):
         assert torch.equal(x[mask], y[mask])
         assert torch.equal(x[~mask], before[~mask])
