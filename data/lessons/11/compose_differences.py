@@ -5,25 +5,18 @@
 The language is Velan, learnt by campus-nano as a language model; the task is sentiment, in English. Each is learnt by
 LT-SFT: its first phase gives the dense difference, its second the sparse one. A third difference, "short", is a dense
 one of the language that stops as soon as its perplexity isn't above the sparse one's: the two know about as much of the
-language. A seed is that of the order of training. Writes composed.json beside this file. Lesson 11 reads it.
+language. A seed is that of the order of training. Lesson 11 reads the table, compose_differences.jsonl.
 """
 
 import copy
-import hashlib
-import json
 import math
-import platform
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 
 import pefttutor
 from pefttutor import data, models
-from pefttutor.carriers import root
-from pefttutor.files import write_atomically
+from pefttutor.runs import Table, provenance
 from pefttutor.selective.lt_sft import add_differences, difference
 
 MODEL, HEAD = "campus-nano", ("score",)
@@ -31,32 +24,6 @@ TASK = {"examples": 800, "steps": 100, "fraction": 0.05, "lr": 1e-2}
 LANGUAGE = {"examples": 1000, "steps": 60, "fraction": 0.2, "lr": 3e-3, "max_length": 64}
 FIRST_LR, SHORT_STRIDE = 1e-3, 4
 SEEDS = list(range(5))
-TABLE = Path(__file__).with_name("composed.json")
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def provenance():
-    """Where the table comes from; rows of another provenance are thrown away."""
-    return {
-        "command": "python data/lessons/11/compose_differences.py",
-        "script_sha256": sha256(Path(__file__)),
-        "model": MODEL,
-        "model_sha256": sha256(root() / "models" / MODEL / "model.safetensors"),
-        "tasks": {
-            task: json.loads((root() / "tasks" / task / "task.json").read_text())["fingerprint"]
-            for task in ("sentiment", "velan_text")
-        },
-        "seeds": SEEDS,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "pefttutor": version("pefttutor"),
-        },
-    }
 
 
 def dense(model, start):
@@ -117,20 +84,15 @@ def row(seed):
             found[f"accuracy, {kind} task + {name} language"] = pefttutor.evaluate(both, unseen)["accuracy"]
             heard_by = add_differences(copy.deepcopy(speaker), phi, other)
             found[f"perplexity of Velan, {kind} task + {name} language"] = perplexity(heard_by)
-    return {key: round(value, 4) for key, value in found.items()}
-
-
-def main():
-    torch.set_num_threads(1)
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    if table.get("provenance") != provenance():
-        table = {"provenance": provenance(), "rows": {}}
-    for seed in SEEDS:
-        if str(seed) not in table["rows"]:
-            table["rows"][str(seed)] = row(seed)
-            write_atomically(TABLE, json.dumps(table, indent=1) + "\n")
-            print(seed, table["rows"][str(seed)], file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    script = Path(__file__)
+    header = provenance(
+        script, model=MODEL, tasks=["sentiment", "velan_text"], task=TASK, language=LANGUAGE, seeds=SEEDS
+    )
+    table = Table(script.with_suffix(".jsonl"), header, ("seed",), row)
+    for seed in SEEDS:
+        table[(seed,)]
