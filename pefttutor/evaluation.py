@@ -1,11 +1,12 @@
 """`evaluate`: loss and accuracy of a model on a data set, without training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pefttutor.encoding import IGNORED, count_targets, predicts_next
 from pefttutor.encoding import collate as pad_and_stack
@@ -21,6 +22,18 @@ def collator(model: Any) -> Collate:
     return partial(pad_and_stack, pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None))
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in evaluation mode; after it each has its own mode back, even on an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -32,18 +45,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss over all labels, and accuracy: the share of labels (tokens or classes) with the largest logit.
 
-    Labels of −100 count in neither. With `loss` given, only the loss is measured. The model's mode is kept.
+    Labels of −100 count in neither. With `loss` given, only the loss is measured. Each module's mode is kept.
 
     Cost: one forward an example; similar lengths share a batch, so little is spent on padding.
     Raises: ValueError for an empty data set or bad labels.
     """
     check_examples(model, data, "data", needs_labels=loss is None)
-    stack, device, mode = collate or collator(model), next(model.parameters()).device, model.training
+    stack, device = collate or collator(model), next(model.parameters()).device
     order = sorted(range(len(data)), key=lambda i: len(data[i].get("input_ids", ())))
     shifted = predicts_next(model)
     summed, right, targets = 0.0, 0, 0
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = stack([data[i] for i in order[start : start + batch_size]])
             batch = {key: value.to(device) for key, value in batch.items()}
@@ -55,8 +67,6 @@ def evaluate(
             output = model(**batch)
             summed += output.loss.item() * count
             right += _count_right(output.logits, batch["labels"], shifted)
-    finally:
-        model.train(mode)
     return {"loss": summed / targets} | ({} if loss else {"accuracy": right / targets})
 
 

@@ -184,8 +184,14 @@ def _open_to_checkpointing(model: nn.Module) -> None:
         except (AttributeError, NotImplementedError):
             continue
     for embedding in embeddings:
-        if isinstance(embedding, nn.Module):
+        if isinstance(embedding, nn.Module) and not _is_open(model, embedding):
             embedding.register_forward_hook(partial(_require_gradient, model))
+
+
+def _is_open(model: nn.Module, embedding: nn.Module) -> bool:
+    """Whether that is done already: a method that chooses again attaches several times."""
+    hooks = [hook for hook in embedding._forward_hooks.values() if isinstance(hook, partial)]
+    return any(hook.func is _require_gradient and hook.args[0] is model for hook in hooks)
 
 
 def _require_gradient(model: nn.Module, embedding: nn.Module, args: Any, output: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor import method as base
-from pefttutor.selective.layers import blocks
+from pefttutor.selective.layers import below, blocks
 
 __all__ = ["AutoFreeze", "settled"]
 
@@ -27,12 +27,13 @@ def settled(before: Tensor, now: Tensor, frozen: int, percentile: float = 50) ->
 
 @dataclass(frozen=True, kw_only=True)
 class AutoFreeze:
-    """Full fine-tuning that stops training a growing prefix of blocks, and everything below them.
+    """Full fine-tuning that stops training a growing prefix of blocks, and everything below them (`layers.below`).
 
     interval: steps between decisions. percentile: see `settled`.
 
-    A frozen prefix needs no backward pass, and its output can be kept: see `CachedPrefix`. The gradient norms and
-    the number of frozen blocks are buffers of the model, so an interrupted run goes on.
+    A head tied to the input embeddings is frozen with them. A frozen prefix needs no backward pass, and its output
+    can be kept: see `CachedPrefix`. The gradient norms and the number of frozen blocks are buffers of the model, so
+    an interrupted run goes on.
 
     Cost: at first that of full fine-tuning, then less; a norm a parameter in each step.
     Raises: ValueError for an interval < 1 or a percentile outside (0, 100].
@@ -63,8 +64,10 @@ class AutoFreeze:
         """Add up this step's gradient norms; after each interval, freeze what has settled."""
         name, stack = blocks(model)
         norms, frozen = model.get_buffer("autofreeze_norms"), model.get_buffer("autofreeze_frozen")
-        for i, block in enumerate(stack):
-            norms[1, i] += sum(p.grad.abs().sum() for p in block.parameters() if p.grad is not None)
+        grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in stack]
+        now = torch.stack([sum((g.abs().sum() for g in found), norms.new_zeros(())) for found in grads])
+        if now.isfinite().all():  # a step that overflowed says nothing about what has settled
+            norms[1] += now
         if (step + 1) % self.interval == 0:
             if norms[0].any():
                 frozen.fill_(settled(norms[0], norms[1], int(frozen), self.percentile))
@@ -73,12 +76,12 @@ class AutoFreeze:
 
 
 def _freeze_first(model: nn.Module, name: str, frozen: int) -> None:
-    """Freeze the first blocks, and the embeddings if there are any such blocks."""
+    """Freeze the first blocks, and what comes before them, if there are any such blocks."""
     if frozen == 0:
         return
     first = tuple(f"{name}.{i}." for i in range(frozen))
-    tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    before = below(model)
     for parameter_name, p in model.named_parameters():
-        if parameter_name.startswith(first) or p in tables:
+        if parameter_name.startswith(first) or p in before:
             p.requires_grad_(False)
             p.grad = None

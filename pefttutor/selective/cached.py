@@ -25,36 +25,40 @@ class CachedPrefix:
     Right only while the prefix is a fixed function: in evaluation mode or without dropout.
 
     Cost: keeps (batch, seq, d) a batch; saves the prefix's forward pass in every epoch but one.
-    Raises: ValueError if the first block trains, or something below the blocks does.
+    Raises: ValueError if the first block trains; and in `compute`, if something that it depends on does.
     """
 
     def __init__(self, model: nn.Module) -> None:
         name, self.stack = blocks(model)
         trains = [any(p.requires_grad for p in block.parameters()) for block in self.stack]
         self.depth = trains.index(True) if any(trains) else len(trains)
-        before = [
-            n
-            for n, p in model.named_parameters()
-            if p.requires_grad and not n.startswith(name) and "embed" in n
-        ]
-        if self.depth == 0 or before:
-            raise ValueError(
-                f"no block can be skipped: {before[0] if before else f'{name}.0'} trains. Freeze what lies below."
-            )
-        self.model = model
+        if self.depth == 0:
+            raise ValueError(f"no block can be skipped: {name}.0 trains. Freeze it and what lies below.")
+        self.model, self.name = model, name
 
     def compute(self, batch: Mapping[str, Any]) -> Any:
-        """What the last frozen block puts out for a batch."""
+        """What the last frozen block puts out for a batch, without a gradient.
+
+        Raises: ValueError if it depends on something that trains, and so isn't the same in every epoch.
+        """
         kept: list[Any] = []
         handle = self.stack[self.depth - 1].register_forward_hook(
             lambda block, args, output: kept.append(output)
         )
         try:
-            with torch.no_grad():
+            with torch.enable_grad():
                 self.model(**batch)
         finally:
             handle.remove()
-        return kept[0]
+        several = isinstance(kept[0], tuple)
+        parts = kept[0] if several else (kept[0],)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            raise ValueError(
+                f"what {self.name}.{self.depth - 1} puts out can't be kept: something below it trains, such as the "
+                "embeddings or an encoder. Freeze that (and compute before gradient checkpointing is switched on)."
+            )
+        parts = tuple(part.detach() if isinstance(part, Tensor) else part for part in parts)
+        return parts if several else parts[0]
 
     @contextmanager
     def skipped(self, output: Any) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pefttutor import method as base
 from pefttutor.selective import entries
+from pefttutor.selective.choice import check_examples, without_values
 from pefttutor.selective.information import fisher_information
 
 __all__ = ["ChildTuningD", "ChildTuningF"]
@@ -95,11 +96,11 @@ class ChildTuningD:
 
     def masks(self, model: nn.Module, examples: Sequence[Any] | None, **how: Any) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        if examples is None:
-            raise ValueError("ChildTuningD chooses by data: attach(model, examples), encoded, with labels.")
         tensors = entries.candidates(model, self.modules_to_save)
+        if without_values(tensors):
+            return entries.largest_share(tensors, self.p_D)
+        examples = check_examples(self, examples, labels=False)
         scores = fisher_information(model, examples, samples=self.samples, **how)
-        k = max(1, int(self.p_D * sum(p.numel() for p in tensors.values())))
-        return entries.largest({name: scores[name] for name in tensors}, k)
+        return entries.largest_share({name: scores[name] for name in tensors}, self.p_D)
 
     after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded

@@ -1,18 +1,25 @@
-"""Choose the entries with the largest scores."""
+"""Choose the entries with the largest scores, and check what a choice is made by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_fraction", "largest"]
+__all__ = ["check_examples", "check_fraction", "exact_share", "largest", "largest_share", "without_values"]
 
 
 def largest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """Masks of the k largest scores over all tensors together; ties are broken by position, so that k is exact."""
+    """Masks of the k largest scores over all tensors together; ties are broken by position, so that k is exact.
+
+    On the meta device, where nothing has a value, k places without one are shared out by the tensors' sizes:
+    enough for `pefttutor.memory` to count with.
+    """
+    if without_values(scores):
+        return _stand_ins(scores, k)
     flat = torch.cat([score.detach().flatten().float() for score in scores.values()])
     if flat.isnan().any():
         bad = [name for name, score in scores.items() if score.isnan().any()]
@@ -24,8 +31,48 @@ def largest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
+def largest_share(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Masks of the ⌊fraction · n⌋ largest of n scores, but at least of one."""
+    n = sum(score.numel() for score in scores.values())
+    return largest(scores, max(1, int(exact_share(fraction, n))))
+
+
+def exact_share(fraction: float, n: int) -> Fraction:
+    """fraction · n of the decimal number that was written: 29 for 0.29 of 100, whose float product is 28.999….."""
+    return Fraction(str(fraction)) * n
+
+
+def without_values(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors are on the meta device, so that nothing can be chosen by what they hold."""
+    return any(tensor.is_meta for tensor in tensors.values())
+
+
+def _stand_ins(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """k flat places in all, as many in each tensor as its size asks for. Shapes: (k_i) each."""
+    n, before, found = sum(score.numel() for score in scores.values()), 0, {}
+    for name, score in scores.items():
+        count = k * (before + score.numel()) // n - k * before // n
+        found[name] = torch.empty(count, dtype=torch.int64, device="meta")
+        before += score.numel()
+    return found
+
+
 def check_fraction(method: Any, name: str = "fraction") -> None:
     """Raise ValueError unless the field is a number in (0, 1]."""
     value = getattr(method, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name} is {value!r}; it must be in (0, 1], such as 0.005 for half a percent.")
+
+
+def check_examples(method: Any, examples: Sequence[Any] | None, *, labels: bool = True) -> Sequence[Any]:
+    """The examples. Raises: ValueError if there are none, or one has no labels and the choice needs them."""
+    name = type(method).__name__
+    if not examples:
+        raise ValueError(f"{name} chooses by data: attach(model, examples), encoded, with labels.")
+    for example in examples if labels else ():
+        if "labels" not in example:
+            raise ValueError(
+                f"{name} chooses by the loss and needs labels, and an example has only {', '.join(example)}: "
+                "add labels."
+            )
+    return examples

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pefttutor import method as base
 from pefttutor.identity import describe_base
 from pefttutor.selective import entries
-from pefttutor.selective.shadow import owners, shadow, unshadow
+from pefttutor.selective.shadow import check_called, owners, shadow, unshadow
 
 __all__ = ["DiffPruning", "gate", "open_probability"]
 
@@ -49,6 +49,8 @@ class DiffPruning:
     structured: another gate for each tensor as a whole, multiplied with those of its entries.
     modules_to_save: modules that train fully, without gates, such as a new head ("classifier").
 
+    In training each call of a layer draws gates anew: a tied weight has other ones at each of its uses.
+
     Cost: three values a weight (θ₀, w, α), twice AdamW's state of full fine-tuning.
     Raises: ValueError for settings that make no sense.
     Source: Guo et al. 2021, arXiv:2012.07463, eq. 2 to 6; chapter 4.3.2 cites it as learned selection.
@@ -71,6 +73,7 @@ class DiffPruning:
         base.refuse_adapted(model)
         tensors = entries.candidates(model, self.modules_to_save)
         whole = set(entries.candidates(model)) - set(tensors)
+        check_called(model, tensors)
         base.freeze(model)
         for name, p in model.named_parameters():
             p.requires_grad_(name in whole)
@@ -103,6 +106,8 @@ class DiffPruning:
     def project(self, model: nn.Module, *, fraction: float = 0.005) -> nn.Module:
         """Keep the largest |z ⊙ w|, drop the gates, and let the kept entries alone train on.
 
+        z is each gate's usual value, in whatever mode the model is.
+
         Raises: ValueError for a fraction outside (0, 1]; RuntimeError if no gates are attached.
         """
         if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
@@ -111,8 +116,7 @@ class DiffPruning:
         if not gated:
             raise RuntimeError("project needs DiffPruning attached, with its gates, and this model has none.")
         changes = {name: _change(layer, key).detach() for name, (layer, key) in gated.items()}
-        k = max(1, int(fraction * sum(c.numel() for c in changes.values())))
-        chosen = entries.largest({name: c.abs() for name, c in changes.items()}, k)
+        chosen = entries.largest_share({name: c.abs() for name, c in changes.items()}, fraction)
         for weight in [layer._parameters[key] for layer, key in gated.values()]:
             for layer, key in owners(model, weight):  # type: ignore[arg-type]
                 unshadow(layer, key)
@@ -146,11 +150,11 @@ def _open(layer: nn.Module, key: str) -> Tensor:
     return probability if group is None else probability * open_probability(group)
 
 
-def _change(layer: nn.Module, key: str) -> Tensor:
-    """z ⊙ w: with random gates in training, with their usual values in evaluation."""
+def _change(layer: nn.Module, key: str, *, random: bool = False) -> Tensor:
+    """z ⊙ w: with random gates, or with their usual values."""
 
     def opened(alpha: Any) -> Tensor:
-        u = torch.rand_like(alpha).clamp(1e-4, 1 - 1e-4) if layer.training else None
+        u = torch.rand_like(alpha).clamp(1e-4, 1 - 1e-4) if random else None
         return gate(alpha, u)
 
     z = opened(layer.get_parameter(key + ALPHA))
@@ -161,4 +165,4 @@ def _change(layer: nn.Module, key: str) -> Tensor:
 def _shifted(layer: nn.Module, key: str) -> Tensor:
     weight = layer._parameters[key]
     assert weight is not None
-    return weight + _change(layer, key)
+    return weight + _change(layer, key, random=layer.training)

@@ -4,6 +4,9 @@ Chosen entries of a tensor `layer.weight` become a parameter `layer.weight_value
 `layer.weight_index` (k) with their flat places. The weight itself is frozen; before each call of the layer the
 values are written into it, and in training the layer sees it through `selected`, which delivers the gradient of the
 chosen entries only. So any optimizer keeps state for k values, clipping sees k gradients, and k values are saved.
+
+Only a call of the layer itself delivers a gradient: `h @ model.emb.weight.T` in a model's own forward reads the
+weight past it, and that use trains nothing. Where it is known (`shadow.check_called`), attaching is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +20,20 @@ from torch import Tensor, nn
 from pefttutor import method as base
 from pefttutor.identity import describe_base
 from pefttutor.kernels.sparse_adamw import read, selected, write
-from pefttutor.selective.choice import check_fraction, largest
-from pefttutor.selective.shadow import owners, shadow, unshadow
+from pefttutor.selective.choice import check_fraction, largest, largest_share, without_values
+from pefttutor.selective.places import places
+from pefttutor.selective.shadow import check_called, owners, shadow, unshadow
 
-__all__ = ["candidates", "check_fraction", "entries", "largest", "masks", "train_entries", "train_tensors"]
+__all__ = [
+    "candidates",
+    "check_fraction",
+    "entries",
+    "largest",
+    "largest_share",
+    "masks",
+    "train_entries",
+    "train_tensors",
+]
 
 VALUES, INDEX = "_values", "_index"
 
@@ -52,24 +65,26 @@ def train_entries(
 
     described: `describe_base` of the base, where the model has left it already.
 
-    Raises: RuntimeError if it is adapted already; ValueError for a mask of another model or shape, or an empty one.
-        Nothing has been changed then.
+    Raises: RuntimeError if it is adapted already; ValueError for a mask of another model or shape, an empty one, or
+        a weight that is read without calling its layer. Nothing has been changed then.
     """
     base.refuse_adapted(model)
     parameters = dict(model.named_parameters())
     whole, buffers = _fully_trained(model, modules_to_save)
-    indices = {name: _index(parameters, name, mask) for name, mask in chosen.items() if name not in whole}
+    indices = {name: places(parameters, name, mask) for name, mask in chosen.items() if name not in whole}
     indices = {name: index for name, index in indices.items() if len(index)}
+    check_called(model, indices)
     if not indices:
         raise ValueError(f"{type(method).__name__}: no entry is chosen in any of {len(chosen)} masks.")
-    described = described or describe_base(model, without=whole)
+    if not without_values(parameters):  # such a model can't be saved
+        described = described or describe_base(model, without=whole)
     base.freeze(model)
     for name in whole:
         parameters[name].requires_grad_(True)
     for name, index in indices.items():
         _split(model, parameters[name], index)
-    places = [name + INDEX for name in entries(model)]
-    return base.mark(model, method, buffers=[*places, *buffers], described=described)
+    kept = [name + INDEX for name in entries(model)]
+    return base.mark(model, method, buffers=[*kept, *buffers], described=described)
 
 
 def entries(model: nn.Module) -> dict[str, Tensor]:
@@ -171,29 +186,6 @@ def _write_all(model: nn.Module) -> None:
     for layer, key in _split_layers(model):
         values, index = _pair(layer, key)
         write(layer.get_parameter(key), index, values)
-
-
-def _index(parameters: Mapping[str, Tensor], name: str, mask: Tensor) -> Tensor:
-    """The flat places of a mask, or of an index as it is, checked."""
-    if name not in parameters:
-        shown = ", ".join(list(parameters)[:6])
-        raise ValueError(f"a mask is for {name!r}, which this model doesn't have; it has {shown}, …")
-    weight = parameters[name]
-    if mask.dtype == torch.bool:
-        if mask.shape != weight.shape:
-            raise ValueError(
-                f"the mask of {name!r} is {tuple(mask.shape)}, expected the weight's {tuple(weight.shape)}: "
-                "was it made for another model?"
-            )
-        mask = mask.flatten().nonzero().squeeze(1)
-    elif mask.dtype not in (torch.int32, torch.int64) or mask.dim() != 1:
-        raise ValueError(
-            f"the mask of {name!r} is {mask.dtype}; expected booleans, true where an entry trains."
-        )
-    index = mask.to(weight.device).sort().values
-    if len(index) and (index[0] < 0 or index[-1] >= weight.numel() or (index[1:] == index[:-1]).any()):
-        raise ValueError(f"the index of {name!r} isn't one of {weight.numel()} entries, each once.")
-    return index.to(torch.int32 if weight.numel() < 2**31 else torch.int64)
 
 
 def _fully_trained(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:

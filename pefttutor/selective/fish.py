@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pefttutor.selective import entries
+from pefttutor.selective.choice import check_examples, exact_share, without_values
 from pefttutor.selective.information import fisher_information
 
 __all__ = ["FishMask"]
@@ -53,14 +54,15 @@ class FishMask:
         tensors = entries.candidates(model, self.modules_to_save)
         everything = sum(p.numel() for p in model.parameters())
         head = everything - sum(p.numel() for p in tensors.values())
-        k = int(self.fraction * everything) - head
+        k = int(exact_share(self.fraction, everything)) - head
         if k < 1:
             raise ValueError(
                 f"FishMask: fraction={self.fraction} of {everything:,} entries leaves {k} beside the head's {head:,}; "
                 f"take at least {(head + 1) / everything:.2g}."
             )
-        if examples is None:
-            raise ValueError("FishMask chooses by data: attach(model, examples), encoded, with labels.")
+        if without_values(tensors):
+            return entries.largest(tensors, k)
+        examples = check_examples(self, examples, labels=False)
         scores = fisher_information(model, examples, samples=self.samples, expected=self.expected, **how)
         return entries.largest({name: scores[name] for name in tensors}, k)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor import method as base
-from pefttutor.evaluation import collator
+from pefttutor.evaluation import collator, evaluating
 from pefttutor.selective import entries
+from pefttutor.selective.choice import check_examples, exact_share, without_values
 from pefttutor.selective.information import fisher_information
 
 __all__ = ["FishDip"]
@@ -47,40 +48,48 @@ class FishDip:
     def __post_init__(self) -> None:
         entries.check_fraction(self)
         entries.check_fraction(self, "share")
+        if not isinstance(self.hardest, int) or self.hardest < 1:
+            raise ValueError(f"hardest is {self.hardest!r}; it must be a whole number ≥ 1.")
 
     def attach(self, model: nn.Module, examples: Sequence[Any] | None = None) -> nn.Module:
         """Choose entries by the hardest `examples`, freeze the others, and return `model`."""
         return entries.train_entries(model, self, self.masks(model, examples), self.modules_to_save)
 
     def refresh(self, model: nn.Module, examples: Sequence[Any]) -> nn.Module:
-        """Choose again, for the model as it is now. Raises: RuntimeError if no FishDip is attached."""
-        if not isinstance(base.adapted(model), FishDip):
-            raise RuntimeError(f"refresh needs a FishDip attached, and the model has {base.adapted(model)}.")
-        return self.attach(entries.release(model), examples)
+        """Choose again, for the model as it is now.
+
+        Raises: RuntimeError if no FishDip is attached; ValueError without examples or labels, FloatingPointError if
+            a loss or gradient isn't finite: then the choice stays as it was.
+        """
+        method = base.adapted(model)
+        if not isinstance(method, FishDip):
+            raise RuntimeError(f"refresh needs a FishDip attached, and the model has {method}.")
+        check_examples(self, examples)
+        kept, described = entries.entries(model), base.described_base(model)
+        entries.release(model)
+        try:
+            return self.attach(model, examples)
+        except BaseException:
+            entries.train_entries(model, method, kept, method.modules_to_save, described=described)
+            raise
 
     def masks(self, model: nn.Module, examples: Sequence[Any] | None) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        if not examples:
-            raise ValueError("FishDip chooses by data: attach(model, examples), encoded, with labels.")
         tensors = entries.candidates(model, self.modules_to_save)
-        count = max(3, min(self.hardest, int(self.share * len(examples))))
+        if without_values(tensors):
+            return entries.largest_share(tensors, self.fraction)
+        examples = check_examples(self, examples)
+        count = max(3, min(self.hardest, int(exact_share(self.share, len(examples)))))
         order = losses(model, examples).argsort(descending=True, stable=True)[:count]
         scores = fisher_information(model, [examples[int(i)] for i in order])
-        k = max(1, int(self.fraction * sum(p.numel() for p in tensors.values())))
-        return entries.largest({name: scores[name] for name in tensors}, k)
+        return entries.largest_share({name: scores[name] for name in tensors}, self.fraction)
 
     after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
 
 
 def losses(model: nn.Module, examples: Sequence[Any]) -> Tensor:
     """The loss of each example, in evaluation mode. Shapes: → (n)."""
-    stack, device, training = collator(model), next(model.parameters()).device, model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            found = [
-                model(**{k: v.to(device) for k, v in stack([example]).items()}).loss for example in examples
-            ]
-    finally:
-        model.train(training)
+    stack, device = collator(model), next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        found = [model(**{k: v.to(device) for k, v in stack([example]).items()}).loss for example in examples]
     return torch.stack(found).cpu()

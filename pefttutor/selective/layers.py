@@ -6,11 +6,12 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from pefttutor.selective.choice import exact_share
 from pefttutor.selective.entries import check_fraction, train_tensors
 
-__all__ = ["LastLayers", "blocks"]
+__all__ = ["LastLayers", "below", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class LastLayers:
 
     def _names(self, model: nn.Module) -> list[str]:
         name, stack = blocks(model)
-        first = len(stack) - math.ceil(self.fraction * len(stack))
+        first = len(stack) - math.ceil(exact_share(self.fraction, len(stack)))
         last = [f"{name}.{i}." for i in range(first, len(stack))]
         return [n for n, _ in model.named_parameters() if any(n.startswith(start) for start in last)]
 
@@ -58,3 +59,20 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise ValueError("this model has no list of blocks (an nn.ModuleList with several entries).")
     return max(reversed(lists), key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def below(model: nn.Module) -> set[Tensor]:
+    """The parameters of what comes before the model's blocks: embeddings, their norm, positions, a patch projection.
+
+    On the way from the model to the list of its blocks, that is each module's own parameters and those of the
+    modules registered before the next step (an encoder-decoder's encoder, too), but not of one called final or out.
+    """
+    found: set[Tensor] = set()
+    module = model
+    for step in blocks(model)[0].split("."):
+        children = list(module.named_children())
+        before = children[: [name for name, _ in children].index(step)]
+        found |= set(module.parameters(recurse=False))
+        found |= {p for n, m in before if "final" not in n and "out" not in n for p in m.parameters()}
+        module = module.get_submodule(step)
+    return found

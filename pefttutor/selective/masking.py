@@ -7,7 +7,7 @@ It prunes: a weight that isn't chosen becomes 0, rather than staying as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pefttutor import method as base
 from pefttutor.selective import entries
-from pefttutor.selective.shadow import owners, shadow
+from pefttutor.selective.shadow import check_called, owners, shadow
 
 __all__ = ["Masking", "packed_masks"]
 
@@ -36,7 +36,7 @@ class Masking:
     init_seed: of the scores.
 
     Cost: trains as many scores as there are weights; the result is 1 bit a weight (`packed_masks`).
-    Raises: ValueError for an init_sparsity outside (0, 1] or a name that doesn't exist.
+    Raises: ValueError for an init_sparsity outside (0, 1] or targets that don't exist, have no weight, or train fully.
     Source: Zhao et al. 2020, arXiv:2004.12406, eq. 3 and 4; chapter 4.3.2.
     """
 
@@ -54,14 +54,14 @@ class Masking:
         base.refuse_adapted(model)
         targets = base.find_modules(model, self.target_modules)
         whole = set(entries.candidates(model)) - set(entries.candidates(model, self.modules_to_save))
-        weights = {n: layer.weight for n, layer in targets.items() if f"{n}.weight" not in whole}
+        weights = self._weights(targets, whole)
+        check_called(model, [f"{name}.weight" for name in weights])
         generator = torch.Generator().manual_seed(self.init_seed)
         high = (self.threshold - LOW) / self.init_sparsity + LOW
         base.freeze(model)
         for name, p in model.named_parameters():
             p.requires_grad_(name in whole)
         for weight in weights.values():
-            assert isinstance(weight, Tensor)
             drawn = torch.rand(weight.shape, generator=generator) * (high - LOW) + LOW
             scores = nn.Parameter(drawn.to(weight))
             for layer, key in owners(model, weight):
@@ -69,6 +69,25 @@ class Masking:
                 vars(layer)["_threshold"] = self.threshold
                 shadow(layer, key, _masked)
         return base.mark(model, self)
+
+    def _weights(self, targets: Mapping[str, nn.Module], whole: Collection[str]) -> dict[str, Tensor]:
+        """The weights to mask, by the name of their layer. Raises: ValueError where there is none."""
+        weights = {}
+        for name, layer in targets.items():
+            weight = getattr(layer, "weight", None)
+            if not isinstance(weight, Tensor):
+                raise ValueError(
+                    f"target_modules: {name!r} is a {type(layer).__name__}, without a weight of its own; "
+                    "name the layers inside it."
+                )
+            if f"{name}.weight" not in whole:
+                weights[name] = weight
+        if not weights:
+            raise ValueError(
+                f"target_modules {self.target_modules!r} all train fully as modules_to_save, so nothing is masked; "
+                "name them in one of the two."
+            )
+        return weights
 
 
 def packed_masks(model: nn.Module) -> dict[str, Tensor]:

@@ -42,6 +42,6 @@ class PaFi:
         tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         tensors = entries.candidates(model, self.modules_to_save)
         scores = {name: -p.detach().abs() for name, p in tensors.items() if p not in tables}
-        return entries.largest(scores, max(1, int(self.fraction * sum(s.numel() for s in scores.values()))))
+        return entries.largest_share(scores, self.fraction)
 
     after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded

@@ -8,7 +8,7 @@ something else.)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.encoding import count_targets, predicts_next
-from pefttutor.evaluation import Collate, collator
+from pefttutor.evaluation import Collate, collator, evaluating
 from pefttutor.selective import entries
+from pefttutor.selective.choice import check_examples, without_values
 from pefttutor.selective.information import fisher_information
 
 __all__ = ["SecondOrderMask", "second_order_scores"]
@@ -73,23 +74,21 @@ class SecondOrderMask:
 
     def masks(self, model: nn.Module, examples: Sequence[Any] | None) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        if not examples:
-            raise ValueError(
-                "SecondOrderMask chooses by data: attach(model, examples), encoded, with labels."
-            )
-        names = entries.candidates(model, self.modules_to_save)
+        scores = entries.candidates(model, self.modules_to_save)
+        if not without_values(scores):
+            scores = self._scores(model, check_examples(self, examples), scores)
+        if not self.per_tensor:
+            return entries.largest_share(scores, self.fraction)
+        parts = [entries.largest_share({n: s}, self.fraction) for n, s in scores.items()]
+        return {name: mask for part in parts for name, mask in part.items()}
+
+    def _scores(self, model: nn.Module, examples: Sequence[Any], names: Iterable[str]) -> dict[str, Tensor]:
         curvature: dict[str, Tensor] = {}
         if self.damping is not None:
             fisher = fisher_information(model, examples)
             curvature = {n: f + self.damping * f.mean().clamp(min=1e-30) for n, f in fisher.items()}
         gradient = total_gradient(model, examples)
-        scores = {n: second_order_scores(gradient[n], curvature.get(n)) for n in names}
-        if not self.per_tensor:
-            return entries.largest(
-                scores, max(1, int(self.fraction * sum(s.numel() for s in scores.values())))
-            )
-        parts = [entries.largest({n: s}, max(1, int(self.fraction * s.numel()))) for n, s in scores.items()]
-        return {name: mask for part in parts for name, mask in part.items()}
+        return {n: second_order_scores(gradient[n], curvature.get(n)) for n in names}
 
     after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
 
@@ -100,21 +99,20 @@ def total_gradient(
     """The gradient of the mean loss over all examples' labels, signed, in evaluation mode; changes nothing."""
     stack, device = collate or collator(model), next(model.parameters()).device
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    training, counted = model.training, 0
+    counted = 0
     try:
-        model.eval().requires_grad_(True)
-        model.zero_grad()
-        for start in range(0, len(examples), batch_size):
-            rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
-            batch = {k: v.to(device) for k, v in stack(rows).items()}
-            count = count_targets(batch, shifted=predicts_next(model))
-            (model(**batch).loss * count).backward()
-            counted += count
+        model.requires_grad_(True).zero_grad()
+        with evaluating(model):
+            for start in range(0, len(examples), batch_size):
+                rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
+                batch = {k: v.to(device) for k, v in stack(rows).items()}
+                count = count_targets(batch, shifted=predicts_next(model))
+                (model(**batch).loss * count).backward()
+                counted += count
         return {
             n: (torch.zeros_like(p) if p.grad is None else p.grad / counted)
             for n, p in model.named_parameters()
         }
     finally:
-        model.train(training)
         for p, requires_grad, grad in before:
             p.requires_grad_(requires_grad).grad = grad

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["owners", "shadow", "unshadow"]
+__all__ = ["check_called", "owners", "shadow", "unshadow"]
 
 Make = Callable[[nn.Module, str], Tensor | None]
 
@@ -35,6 +35,21 @@ def owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
     return [
         (layer, key) for layer in model.modules() for key, p in layer._parameters.items() if p is parameter
     ]
+
+
+def check_called(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError if one of the parameters is known to be read without its layer being called.
+
+    nn.MultiheadAttention reads out_proj's, DeBERTa the table rel_embeddings: there a shadow would never be seen.
+    """
+    for name in names:
+        path = name.rpartition(".")[0]
+        kind, own = type(model.get_submodule(path)), path.rpartition(".")[2]
+        if kind.__name__ == "NonDynamicallyQuantizableLinear" or own == "rel_embeddings":
+            raise ValueError(
+                f"{name!r} is read without calling its layer {path!r}, so a part of it gets no gradient. "
+                f"Train all of it with modules_to_save=({own!r},), or leave it out."
+            )
 
 
 def _show(layer: nn.Module, args: Any) -> None:

@@ -33,7 +33,8 @@ class SparseFineTuning:
     def attach(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Freeze `model` but for the entries of `masks` and return it.
 
-        masks: by the name of a parameter, booleans of its shape (or the flat places of its entries, as int64).
+        masks: by the name of a parameter, booleans of its shape (or the flat places of its entries, as int64: whole
+            numbers are always places, so a mask of 0 and 1 is written mask.bool()).
         Raises: RuntimeError if it is adapted already; ValueError without masks, for a mask of another shape or
             model, or one in which nothing is chosen.
         """

@@ -221,7 +221,7 @@ def test_ties_do_not_change_how_many_are_chosen():
         ({"model.norm.weight": torch.ones(2).bool()}, r"is \(2,\), expected the weight's \(16,\)"),
         ({"model.norm.weight": torch.ones(16)}, "torch.float32; expected booleans"),
         ({"model.norm.weight": torch.zeros(16).bool()}, "no entry is chosen"),
-        ({"model.norm.weight": torch.tensor([3, 16])}, "isn't one of 16 entries"),
+        ({"model.norm.weight": torch.tensor([3, 16])}, "aren't some of its 16 entries"),
     ],
 )
 def test_errors_say_what_was_given_and_change_nothing(chosen, says):
