@@ -6,8 +6,9 @@ Every figure is a ratio measured in one run (ours / peer, smaller is better), ne
   by one place every round, so that none always follows the same one;
 - the ratio is the median of the rounds' own ratios, its spread their quartiles; no round is left out,
   but rounds in which a side took over 1.25 times its own median are counted as disturbed;
-- bytes: `transient` is the peak of the allocator's own events during a step, `kept` what autograd keeps
-  for the backward pass, `resident` the growth of resident memory in a process of its own;
+- bytes: `transient` is the peak of the allocator's own events during a step, `kept` what autograd keeps for
+  the backward pass, `state` what an optimizer keeps for its next step, `resident` the growth of resident
+  memory in a process of its own;
 - outputs and gradients of the two sides are compared first: a row whose results differ is not a measurement.
 
 A new row is one new file in `pefttutor/bench/rows/` that defines `ROWS`, a list of `Row`.

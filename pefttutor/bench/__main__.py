@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.names and not name.startswith(tuple(options.names)):
             continue
         if options.list:
-            goals = ", ".join(f"{kind} ≤ {goal:.2f}" for kind, goal in row.goals.items()) or "no goal"
+            goals = ", ".join(f"{kind} ≤ {goal:g}" for kind, goal in row.goals.items()) or "no goal"
             print(f"{name}: {row.work}; peer: {row.peer}; {goals}")
             continue
         results.append(run(row, rounds=options.rounds, seed=options.seed))

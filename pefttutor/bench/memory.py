@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["kept_bytes", "resident_growth", "resident_growth_here", "transient_bytes"]
+__all__ = ["kept_bytes", "resident_growth", "resident_growth_here", "state_bytes", "transient_bytes"]
 
 
 def transient_bytes(step: Callable[[], Any]) -> int:
@@ -58,6 +58,24 @@ def kept_bytes(step: Callable[[], Any]) -> int:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step()
+    return sum(storages.values())
+
+
+def state_bytes(step: Callable[[], Any]) -> int:
+    """Bytes of the tensors that `step.optimizer` has in its state after a step.
+
+    Each storage counts once and in full. Scalars, such as the number of steps, don't: no entry has one of its own.
+
+    Raises: ValueError for a step that has no `optimizer`, or whose optimizer keeps nothing.
+    """
+    optimizer = getattr(step, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(f"state_bytes: {step!r} has no attribute `optimizer`; set it to what the step steps")
+    step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.dim()}
+    if not storages:
+        raise ValueError(f"state_bytes: {type(optimizer).__name__} has no tensor in its state after a step")
     return sum(storages.values())
 
 

@@ -79,7 +79,7 @@ def to_json(results: list[Result], seed: int) -> str:
 
 def _goal(result: Result, kind: str) -> str:
     goal = result.goals.get(kind)
-    return "no goal   " if goal is None else f"goal ≤ {goal:.2f}"
+    return "no goal     " if goal is None else f"goal ≤ {goal:<5g}"
 
 
 def _finite(value: Any) -> Any:

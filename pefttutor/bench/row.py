@@ -14,7 +14,7 @@ __all__ = ["GOALS", "Row", "Side", "Step", "discover"]
 
 Side = Literal["ours", "peer", "bound"]
 Step = Callable[[], dict[str, Tensor]]  # one forward and backward; returns outputs and gradients by name
-GOALS = ("time", "transient", "kept", "resident")
+GOALS = ("time", "transient", "kept", "state", "resident")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class Row:
     `build(side, seed)` returns that side's step: a function without arguments that does the work once and
     returns its outputs and gradients. It must draw the same weights and inputs for every side. The bound (a
     floor under the time, such as the frozen model alone) may return nothing: its results aren't compared.
-    `goals` maps "time", "transient", "kept" or "resident" to the largest ratio ours / peer that meets the
-    goal; bytes are measured only where there is a goal for them.
+    `goals` maps "time", "transient", "kept", "state" or "resident" to the largest ratio ours / peer that meets
+    the goal; bytes are measured only where there is a goal for them. For "state" a step has the `optimizer` that
+    it steps as an attribute.
 
     Raises: ValueError for a goal of an unknown name.
     """

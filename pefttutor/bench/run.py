@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isfinite
 
-from pefttutor.bench.memory import kept_bytes, resident_growth, transient_bytes
+from pefttutor.bench.memory import kept_bytes, resident_growth, state_bytes, transient_bytes
 from pefttutor.bench.protocol import Ratio, difference, disturbed_rounds, paired_ratio, time_rounds
 from pefttutor.bench.row import Row, Step
 
 __all__ = ["Result", "judge", "run"]
+
+MEASURES = {"transient": transient_bytes, "kept": kept_bytes, "state": state_bytes}
 
 
 @dataclass(kw_only=True)
@@ -65,7 +67,7 @@ def run(row: Row, *, rounds: int | None = None, seed: int = 0) -> Result:
     result.time = paired_ratio(result.seconds["ours"], result.seconds["peer"])
     if "bound" in steps:
         result.bound_time = paired_ratio(result.seconds["bound"], result.seconds["peer"])
-    for kind, measure in (("transient", transient_bytes), ("kept", kept_bytes)):
+    for kind, measure in MEASURES.items():
         if kind in row.goals:
             result.bytes[kind] = {side: measure(steps[side]) for side in ("ours", "peer")}
     steps.clear()
@@ -90,7 +92,7 @@ def judge(result: Result) -> str:
         if reached is None:
             missed.append(f"{kind} not measured")
         elif reached > goal:
-            missed.append(f"{kind} {reached:.3f} > {goal:.2f}")
+            missed.append(f"{kind} {reached:.3f} > {goal:g}")
     if missed:
         return "missed: " + ", ".join(missed)
     return "met" if result.goals else "no goal"

@@ -13,18 +13,21 @@ autograd only gives the sum. Why this is fast, against a backward pass a sample:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels import per_sample
+from pefttutor.kernels.layer_calls import Call, known_parameters, training, watched
 
-__all__ = ["checked_squares", "squared_gradients", "squared_gradients_reference"]
+__all__ = [
+    "add_squared_gradients",
+    "check_finite",
+    "no_squares",
+    "squared_gradients",
+    "squared_gradients_reference",
+]
 
 
 def squared_gradients_reference(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -32,20 +35,8 @@ def squared_gradients_reference(module: nn.Module, forward: Callable[[], Tensor]
 
     forward() runs the module and returns ℓ. Shapes: ℓ (B) or (C, B) → by name, each parameter's shape.
     """
-    parameters = _trained(module)
-    total = {name: _zeros(p) for name, p in parameters.items()}
-    values = forward()
-    reached = torch.autograd.grad(
-        values.sum(), list(parameters.values()), retain_graph=True, allow_unused=True
-    )
-    names = [name for name, grad in zip(parameters, reached, strict=True) if grad is not None]
-    for value in values.flatten() if names else ():
-        grads = torch.autograd.grad(
-            value, [parameters[n] for n in names], retain_graph=True, allow_unused=True
-        )
-        for name, grad in zip(names, grads, strict=True):
-            if grad is not None:
-                total[name] += grad.to(total[name].dtype).square()
+    total = no_squares(module)
+    _add_one_by_one(forward, _trained(module), total)
     return total
 
 
@@ -65,11 +56,12 @@ def squared_gradients(
 
     One pass covers Linear, Conv1D, Embedding (also one row of positions for all samples), LayerNorm, RMSNorm, their
     biases and weights tied between them. Any other parameter that ℓ depends on is left to the reference: right, but
-    a backward pass a sample. A weight that a known layer holds must be used by calling that layer.
+    a backward pass a sample. So is a weight that ℓ also reaches without a call of its layer (`h @ emb.weight.T`).
 
     check: prove, by a backward pass of the first sample alone, that a layer's rows are the samples; a layer where
         they aren't (T5's position bias, in a batch as large as its texts are long) is left to the reference too.
-    max_bytes: of the one gradient that exists at a time; a larger weight is taken some rows at a time.
+    max_bytes: of the one gradient that exists at a time; a larger weight is taken some rows at a time. Beside it
+        nothing is as large as the weights, except what is left to the reference.
 
     Shapes: ℓ (B) or (C, B) → by name, each parameter's shape, in float32 (float64 for float64).
     Cost: for T tokens a forward, C backwards to activations, 2·C·T·in·out FLOPs a layer; kept: every layer's input
@@ -77,85 +69,102 @@ def squared_gradients(
     Raises: ValueError if nothing requires a gradient or ℓ has another shape; FloatingPointError for NaN or infinity.
     Source: chapter eq. 4.8 and 4.9; Sung et al. 2021, arXiv:2111.09839, eq. 3 and 4.
     """
-    return checked_squares(module, forward, samples=samples, max_bytes=max_bytes, check=check)[0]
+    total = no_squares(module)
+    add_squared_gradients(module, forward, total, samples=samples, max_bytes=max_bytes, check=check)
+    check_finite(total)
+    return total
 
 
-def checked_squares(
+def no_squares(module: nn.Module) -> dict[str, Tensor]:
+    """Zeros, to add squares to: by name, for each parameter that requires a gradient."""
+    return {
+        name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+        for name, p in _trained(module).items()
+    }
+
+
+def check_finite(total: Mapping[str, Tensor]) -> None:
+    """Raise FloatingPointError if a sum of squares has NaN or infinite entries."""
+    for name, value in total.items():
+        if value.numel() and not value.amax().isfinite():  # of squares: NaN and infinity are the largest
+            raise FloatingPointError(
+                f"squared_gradients: the gradient of {name!r} has NaN or infinite entries"
+            )
+
+
+@torch.enable_grad()
+def add_squared_gradients(
     module: nn.Module,
     forward: Callable[[], Tensor],
+    total: Mapping[str, Tensor],
     *,
     samples: int,
     max_bytes: int = 1 << 26,
     check: bool = True,
-) -> tuple[dict[str, Tensor], bool]:
-    """`squared_gradients`, and whether all rows were samples: if so, batches of the same shapes need no other check."""
+) -> bool:
+    """Add `squared_gradients` of one batch to `total`, in place and without `check_finite`.
+
+    Returns whether all rows were samples: if so, batches of the same shapes need no other check.
+    """
     parameters = _trained(module)
-    total = {name: _zeros(p) for name, p in parameters.items()}
-    uses: list[_Use] = []
-    known = _known(module, parameters.values())
-    with _watched(module, known, uses, samples), _training(parameters.values(), ()):
+    known = known_parameters(module, parameters.values())
+    with training(parameters.values(), known), watched(module, known, samples) as calls:
         values = forward()
-    if values.dim() not in (1, 2) or values.shape[-1] != samples:
-        raise ValueError(
-            f"squared_gradients: forward() returned {tuple(values.shape)}, expected one value a sample: "
-            f"({samples},), or (labels, {samples})"
-        )
-    if not values.isfinite().all():
-        raise FloatingPointError(f"squared_gradients: forward() returned NaN or infinity: {values.tolist()}")
-    right = [use for use in uses if use.by_sample] if values.requires_grad else []
+    _check_values(values, samples)
+    left = (set(parameters.values()) - known) | _reached(values, known)
+    right = [call for call in calls if call.by_sample] if values.requires_grad else []
     claimed = len(right)
     if check and right:
-        right = [use for use, good in zip(right, _separate(values, right), strict=True) if good]
-    wrong = [use for use in uses if use not in right]
-    left = {p for use in wrong for p in use.layer._parameters.values()}
-    by_parameter: dict[Tensor, list[tuple[_Use, str]]] = {}
-    for use in right:
-        for name, p in use.layer._parameters.items():
-            if p is not None and p in known and p not in left:
-                by_parameter.setdefault(p, []).append((use, name))
-    names = {parameter: name for name, parameter in parameters.items()}
+        right = [call for call, good in zip(right, _separate(values, right), strict=True) if good]
+    left |= {p for call in calls if call not in right for p in call.layer._parameters.values() if p in known}
+    where = {
+        name: [(call, key) for call in right for key, own in call.layer._parameters.items() if own is p]
+        for name, p in parameters.items()
+        if p not in left
+    }
     for row in values.reshape(-1, samples) if right else ():
         grads = torch.autograd.grad(
-            row.sum(), [use.output for use in right], retain_graph=True, allow_unused=True
+            row.sum(), [c.output for c in right], retain_graph=True, allow_unused=True
         )
-        deltas = {id(use): grad for use, grad in zip(right, grads, strict=True)}
-        for parameter, where in by_parameter.items():
-            _add(where, deltas, total[names[parameter]], samples, max_bytes)
-    rest = [parameter for parameter in parameters.values() if parameter not in by_parameter]
-    if rest:
-        with _training(parameters.values(), rest):
-            total |= squared_gradients_reference(module, forward)
-    for name, value in total.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(
-                f"squared_gradients: the gradient of {name!r} has NaN or infinite entries"
-            )
-    return total, len(right) == claimed
-
-
-@dataclass(eq=False)
-class _Use:
-    """One call of a layer: what went in and what came out."""
-
-    layer: nn.Module
-    input: Tensor
-    output: Tensor
-    by_sample: bool
+        deltas = dict(zip(right, grads, strict=True))
+        for name, uses in where.items():
+            _add(uses, deltas, total[name], samples, max_bytes)
+    if left:
+        with training(parameters.values(), left):
+            _add_one_by_one(forward, {name: p for name, p in parameters.items() if p in left}, total)
+    return len(right) == claimed
 
 
 def _add(
-    where: list[tuple[_Use, str]], deltas: dict[int, Any], into: Tensor, samples: int, max_bytes: int
+    uses: list[tuple[Call, str]],
+    deltas: Mapping[Call, Tensor | None],
+    into: Tensor,
+    samples: int,
+    max_bytes: int,
 ) -> None:
     found = []
-    for use, name in where:
-        delta = deltas[id(use)]
+    for call, name in uses:
+        delta, kind = deltas[call], per_sample.kind_of(call.layer)
         if delta is None:
             continue  # the value doesn't depend on this call
-        a = use.input.reshape(samples, -1) if per_sample.kind_of(use.layer) == "embedding" else _3d(use.input)
-        a = per_sample.scaled_input(use.layer, a) if per_sample.kind_of(use.layer) == "norm" else a
-        found.append((use.layer, name, a, _3d(delta)))
+        a = call.input.reshape(samples, -1) if kind == "embedding" else _3d(call.input)
+        a = per_sample.scaled_input(call.layer, a) if kind == "norm" else a
+        found.append((call.layer, name, a, _3d(delta)))
     if found and not (len(found) == 1 and per_sample.own_squares(*found[0], into)):
         per_sample.squares(found, into, samples=samples, max_bytes=max_bytes)
+
+
+@torch.enable_grad()
+def _add_one_by_one(
+    forward: Callable[[], Tensor], parameters: Mapping[str, Tensor], total: Mapping[str, Tensor]
+) -> None:
+    values = forward()
+    for value in values.flatten() if values.requires_grad else ():
+        grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                grad = grad.to(total[name].dtype)
+                total[name].addcmul_(grad, grad)
 
 
 def _3d(tensor: Tensor) -> Tensor:
@@ -163,58 +172,30 @@ def _3d(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _separate(values: Tensor, uses: list[_Use]) -> list[bool]:
+def _check_values(values: Tensor, samples: int) -> None:
+    if values.dim() not in (1, 2) or values.shape[-1] != samples:
+        raise ValueError(
+            f"squared_gradients: forward() returned {tuple(values.shape)}, expected one value a sample: "
+            f"({samples},), or (labels, {samples})"
+        )
+    if not values.isfinite().all():
+        raise FloatingPointError(f"squared_gradients: forward() returned NaN or infinity: {values.tolist()}")
+
+
+def _reached(values: Tensor, known: set[Tensor]) -> set[Tensor]:
+    """The parameters that the values reach directly; where there are none, this only walks through the graph."""
+    if not (known and values.requires_grad):
+        return set()
+    wanted = list(known)
+    grads = torch.autograd.grad(values.sum(), wanted, retain_graph=True, allow_unused=True)
+    return {p for p, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+
+def _separate(values: Tensor, calls: list[Call]) -> list[bool]:
     """Whether the first sample's value depends on the first row of each output only."""
     first = values.reshape(-1, values.shape[-1])[:, 0].sum()
-    grads = torch.autograd.grad(first, [u.output for u in uses], retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(first, [c.output for c in calls], retain_graph=True, allow_unused=True)
     return [grad is None or not grad[1:].any() for grad in grads]
-
-
-def _known(module: nn.Module, wanted: Any) -> set[Tensor]:
-    """The parameters all of whose owners are layers that `per_sample` knows."""
-    owners: dict[Tensor, list[nn.Module]] = {p: [] for p in wanted}
-    for layer in module.modules():
-        for p in layer._parameters.values():
-            if p in owners:
-                owners[p].append(layer)
-    return {p for p, layers in owners.items() if layers and all(map(per_sample.knows, layers))}
-
-
-@contextmanager
-def _watched(module: nn.Module, known: set[Tensor], uses: list[_Use], samples: int) -> Iterator[None]:
-    handles = []
-    for layer in module.modules():
-        if any(p in known for p in layer._parameters.values()):
-            hook = partial(_note, uses, samples)
-            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _note(uses: list[_Use], samples: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
-    given = args[0] if args else next(iter(kwargs.values()))
-    if isinstance(layer, nn.Embedding) and len(given) == 1 < samples:  # positions, the same for all samples
-        given, output = (t.expand(samples, *t.shape[1:]) for t in (given, output))
-    if not output.requires_grad:
-        output = output.detach().requires_grad_().clone()  # the clone may be changed in place
-    uses.append(_Use(layer, given.detach(), output, output.dim() > 1 and len(output) == samples))
-    return output
-
-
-@contextmanager
-def _training(parameters: Any, only: Any) -> Iterator[None]:
-    """Let gradients flow to `only`, for the block."""
-    parameters, chosen = list(parameters), set(only)
-    try:
-        for p in parameters:
-            p.requires_grad_(p in chosen)
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
@@ -224,7 +205,3 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
             "squared_gradients: no parameter requires a gradient; call requires_grad_(True) first"
         )
     return found
-
-
-def _zeros(p: Tensor) -> Tensor:
-    return torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)

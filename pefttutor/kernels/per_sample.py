@@ -47,19 +47,20 @@ def vectors(layer: nn.Module, name: str, a: Tensor, delta: Tensor) -> Tensor:
     return delta.sum(1) if name == "bias" else (delta * a).sum(1)
 
 
-def rows(layer: nn.Module, a: Tensor, delta: Tensor, first: int, last: int) -> Tensor:
-    """One sample's gradient of rows first … last − 1 of the layer's weight matrix.
+def rows(layer: nn.Module, a: Tensor, delta: Tensor, first: int, into: Tensor, *, keep: bool = False) -> None:
+    """One sample's gradient of rows first, first + 1, … of the layer's weight matrix, as many as `into` has.
 
-    Shapes: a (T, in), for an embedding ids (T); delta (T, out) → (last − first, …).
+    Overwrites `into`, or adds to it (keep). Shapes: a (T, in), for an embedding ids (T); delta (T, out);
+    into (rows, …).
     """
-    kind = kind_of(layer)
+    kind, last = kind_of(layer), first + len(into)
     if kind == "linear":
-        return delta[:, first:last].t() @ a  # (rows, in)
-    if kind == "conv1d":
-        return a[:, first:last].t() @ delta  # (rows, out)
-    wanted = (a >= first) & (a < last) & _counts(layer, a)  # (T)
-    out = delta.new_zeros(last - first, delta.shape[-1])
-    return out.index_add_(0, a[wanted] - first, delta[wanted])
+        into.addmm_(delta[:, first:last].t(), a, beta=int(keep))  # (rows, in)
+    elif kind == "conv1d":
+        into.addmm_(a[:, first:last].t(), delta, beta=int(keep))  # (rows, out)
+    else:
+        wanted = (a >= first) & (a < last) & _counts(layer, a)  # (T)
+        (into if keep else into.zero_()).index_add_(0, a[wanted] - first, delta[wanted])
 
 
 def squares(
@@ -70,12 +71,18 @@ def squares(
         gradients = torch.stack([vectors(*use) for use in uses]).sum(0)  # (B, out)
         into += gradients.to(into.dtype).square_().sum(0)
         return
-    step = max(1, max_bytes // (into.shape[1] * uses[0][3].element_size()))
+    delta = uses[0][3]
+    step = max(1, max_bytes // (into.shape[1] * delta.element_size()))
+    buffer = delta.new_empty(
+        min(step, len(into)), into.shape[1]
+    )  # one for all samples: it stays in the cache
     for first in range(0, len(into), step):
         part = into[first : first + step]
-        for s in range(samples):  # one at a time: the square is added while the product is still in the cache
-            parts = [rows(layer, a[s], delta[s], first, first + len(part)) for layer, _, a, delta in uses]
-            gradient = sum(parts[1:], parts[0]).to(part.dtype)
+        for s in range(samples):
+            gradient = buffer[: len(part)]
+            for i, (layer, _, a, delta) in enumerate(uses):
+                rows(layer, a[s], delta[s], first, gradient, keep=i > 0)
+            gradient = gradient.to(part.dtype)
             part.addcmul_(gradient, gradient)
 
 
@@ -87,7 +94,7 @@ def own_squares(layer: nn.Module, name: str, a: Tensor, delta: Tensor, into: Ten
     kind = kind_of(layer)
     if name == "weight" and kind in ("linear", "conv1d") and a.shape[1] == 1:
         a, delta = (x[:, 0].to(into.dtype).square() for x in (a, delta))
-        into += delta.t() @ a if kind == "linear" else a.t() @ delta
+        into.addmm_(*(delta.t(), a) if kind == "linear" else (a.t(), delta))
         return True
     if kind != "embedding":
         return False

@@ -16,27 +16,15 @@ An `index` holds the flat places of the chosen entries, each once, as int32 or i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from pefttutor.kernels.chosen import read, selected, write
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]
-
-CHUNK = 1 << 20  # entries whose places are widened to int64 at once, where that is needed
-
-
-def _scatters_by_int32() -> bool:
-    """Whether this torch scatters by int32 places (2.13 does); an older one needs them as int64."""
-    try:
-        torch.zeros(1).scatter_(0, torch.zeros(1, dtype=torch.int32), torch.zeros(1))
-    except RuntimeError:
-        return False
-    return True
-
-
-_SHORT = _scatters_by_int32()
 
 
 def sparse_adamw_reference(
@@ -66,61 +54,22 @@ def sparse_adamw_reference(
     return torch.where(mask, moved, weight)
 
 
-def read(tensor: Tensor, index: Tensor) -> Tensor:
-    """The chosen entries of `tensor` as a vector. Shapes: tensor (…), index (k) → (k)."""
-    return tensor.detach().reshape(-1).index_select(0, index)
-
-
-def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Put `values` into their places in `tensor`; no other entry is touched. Shapes: (…), (k), (k).
-
-    Autograd doesn't count it as a change: the same values may be written again between forward and backward.
-
-    Raises: ValueError for a tensor that isn't contiguous.
-    """
-    if not tensor.is_contiguous():
-        raise ValueError(f"write: the tensor {tuple(tensor.shape)} isn't contiguous; call contiguous() first")
-    flat, values = tensor.data.view(-1), values.detach().to(tensor.dtype)
-    for places, chunk in zip(index.split(CHUNK), values.split(CHUNK), strict=True):
-        flat.scatter_(0, places if _SHORT else places.long(), chunk)  # a third of index_copy_'s time
-
-
-def selected(values: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """`weight`, whose gradient arrives in `values` for the chosen entries and nowhere for the others.
-
-    `weight` must hold `values` at `index` already (see `write`). The result shares its memory: nothing is copied.
-
-    Shapes: values (k), weight (…), index (k) → (…).
-    Cost: forward none; backward the layer's own dense weight gradient, gathered and freed at once.
-    """
-    return _Selected.apply(values, weight, index)
-
-
-class _Selected(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.dtype = values.dtype
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        return grad.reshape(-1).index_select(0, index).to(ctx.dtype), None, None
-
-
 class _Chosen:
     """The chosen entries of some tensors, and the vectors that an optimizer trains in their place."""
 
     def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.pairs = [(weight, _checked(weight, index)) for weight, index in chosen]
+        self.pairs = [_checked(item) for item in chosen]
         if len({id(weight) for weight, _ in self.pairs}) < len(self.pairs):
             raise ValueError("a tensor is given twice; give it once, with all of its chosen entries")
         self.values = [nn.Parameter(read(weight, index)) for weight, index in self.pairs]
 
     def gather(self) -> None:
         for (weight, index), values in zip(self.pairs, self.values, strict=True):
+            if weight.dtype != values.dtype or weight.device != values.device:
+                raise ValueError(
+                    f"a tensor {tuple(weight.shape)} is {weight.dtype} on {weight.device} and was {values.dtype} on "
+                    f"{values.device} when the optimizer was made; make the optimizer after converting the model"
+                )
             torch.index_select(weight.detach().view(-1), 0, index, out=values.data)
             values.grad = None if weight.grad is None else read(weight.grad, index)
 
@@ -135,8 +84,14 @@ class _Chosen:
             weight.grad = None
 
 
-def _checked(weight: Tensor, index: Tensor) -> Tensor:
-    """Raise unless `index` names places of `weight`, each once; sorted, because that reads memory in order."""
+def _checked(pair: Any) -> tuple[Tensor, Tensor]:
+    """Raise unless this is a tensor and places of it, each once; they get sorted: that reads memory in order."""
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+        raise ValueError(
+            f"a {type(pair).__name__} is given, expected pairs (tensor, index of its chosen entries); all have the "
+            "same settings: for parameter groups make an optimizer for each"
+        )
+    weight, index = pair
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"an index is {tuple(index.shape)} of {index.dtype}, expected the flat places (k) as int32 or int64; "
@@ -150,7 +105,11 @@ def _checked(weight: Tensor, index: Tensor) -> Tensor:
             f"an index reaches from {int(index[0])} to {int(index[-1])}, expected places 0 … {weight.numel() - 1} "
             f"of a tensor {tuple(weight.shape)}, each once"
         )
-    return index
+    return weight, index
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a.to(b.device) == b).all())
 
 
 class _OnChosen(torch.optim.Optimizer):
@@ -160,13 +119,51 @@ class _OnChosen(torch.optim.Optimizer):
         self._chosen = _Chosen(chosen)
         super().__init__(self._chosen.values, lr=lr, **settings)  # type: ignore[call-arg]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, where torch names what it takes along: the chosen entries come too."""
+        return super().__getstate__() | {"_chosen": self._chosen}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused, but for the one group that the constructor makes: an optimizer trains what it was made for.
+
+        Raises: NotImplementedError.
+        """
+        if self.param_groups:
+            raise NotImplementedError(
+                f"{type(self).__name__} takes all tensors and their chosen entries when it is made; make another "
+                "optimizer for more of them"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and under "index" the places that the state belongs to."""
+        return super().state_dict() | {"index": [index for _, index in self._chosen.pairs]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Take over a state that was saved for the same chosen entries.
+
+        Raises: ValueError if it belongs to other entries; the optimizer is then left as it was.
+        """
+        own, saved = [index for _, index in self._chosen.pairs], state_dict.get("index")
+        if saved is None or len(saved) != len(own) or not all(map(_same, saved, own)):
+            has = "none" if saved is None else [len(index) for index in saved]
+            raise ValueError(
+                f"the state belongs to other entries: it has an index of {has} and the optimizer, by tensor, "
+                f"{[len(index) for index in own]}, expected the same places; make the optimizer with the index that "
+                "the state was saved with, or start without a state"
+            )
+        super().load_state_dict(state_dict)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._chosen.gather()
-        super().step()  # type: ignore[call-arg]
+        inner: Any = super().step  # type: ignore[misc]
+        if getattr(inner, "hooked", False):  # it would run the step hooks once more
+            inner = partial(inner.__wrapped__, self)
+        inner()
         self._chosen.scatter()
         return loss
 
@@ -182,9 +179,13 @@ class SparseAdamW(_OnChosen, torch.optim.AdamW):
 
     chosen: pairs of a tensor and the flat places of its chosen entries; the rest as in `torch.optim.AdamW`. With
     everything chosen the result is that of `torch.optim.AdamW`, bit for bit. A tensor without a gradient isn't moved.
+    To clip, give `clip_grad_norm_` the tensors themselves (their gradients are still dense: those of entries that
+    aren't chosen count): in param_groups there are only vectors, without a gradient outside step. NaN in a gradient
+    becomes NaN in its entry, as in torch. All tensors share the settings.
 
     Cost: state 8 bytes a chosen float32 entry (its two moments); dense AdamW has 8 an entry.
-    Raises: ValueError for an index that isn't one of its tensor.
+    Raises: ValueError for an index that isn't one of its tensor, a tensor converted since (step), or a state saved
+        for other entries (load_state_dict); NotImplementedError from add_param_group.
     Source: Loshchilov & Hutter 2019, algorithm 2; the subset is chapter eq. 4.6.
     """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pefttutor.encoding import predicts_next
-from pefttutor.evaluation import Collate, collator
-from pefttutor.kernels.fisher import checked_squares
+from pefttutor.evaluation import Collate, collator, evaluating
+from pefttutor.kernels.fisher import add_squared_gradients, check_finite, no_squares
 
 __all__ = ["fisher_information"]
 
@@ -26,6 +27,7 @@ def fisher_information(
     expected: bool = False,
     samples: int | None = None,
     batch_size: int = 8,
+    max_bytes: int = 1 << 26,
     collate: Collate | None = None,
     log_likelihood: LogLikelihood | None = None,
 ) -> dict[str, Tensor]:
@@ -35,17 +37,21 @@ def fisher_information(
     F_i = (1/|D|) Σ_s Σ_y p(y | x_s) (∂ log p(y | x_s) / ∂θ_i)²             expected=True: no label is used
 
     Every example's gradient is squared on its own, in evaluation mode (no dropout). For a language model
-    log p(y | x) is the sum over the labelled tokens.
+    log p(y | x) is the sum over the labelled tokens. Parameters of integers (quantized ones) have none.
 
     samples: the first so many examples; None takes all.
+    max_bytes: of the gradient that exists beside the result (see `squared_gradients`).
     log_likelihood(model, batch) → one value an example, for a model that doesn't take `labels` as transformers' do.
 
     Shapes: by name, those of the parameters.
     Cost: about one training step a batch (C times the backward for C classes if expected).
-    Raises: ValueError without examples or labels, or for expected=True where labels aren't classes;
-        FloatingPointError if a loss or gradient isn't finite.
+    Raises: ValueError for samples or batch_size below 1, without examples or labels, for labels that aren't classes
+        or tokens; FloatingPointError if a loss or gradient isn't finite.
     Source: chapter eq. 4.8 and 4.9; Sung et al. 2021, arXiv:2111.09839, eq. 3 and 4.
     """
+    for name, given in (("samples", samples), ("batch_size", batch_size)):
+        if given is not None and given < 1:
+            raise ValueError(f"fisher_information: {name} is {given}, expected at least 1")
     chosen = [examples[i] for i in range(min(len(examples), samples or len(examples)))]
     if not chosen:
         raise ValueError("fisher_information needs at least one example, and there is none.")
@@ -56,34 +62,57 @@ def fisher_information(
         )
     stack, device = collate or collator(model), next(model.parameters()).device
     value = log_likelihood or (_expected if expected else _empirical)
-    before = {p: p.requires_grad for p in model.parameters()}
-    training = model.training
-    total: dict[str, Tensor] = {}
     proven: set[tuple[torch.Size, ...]] = set()
-    try:
-        model.eval().requires_grad_(True)
+    with evaluating(model), _all_trained(model):
+        total = no_squares(model)
         for start in range(0, len(chosen), batch_size):
             batch = {k: v.to(device) for k, v in stack(chosen[start : start + batch_size]).items()}
-            count = len(next(iter(batch.values())))
-            forward = partial(value, model, batch)
             shapes = tuple(v.shape for v in batch.values())
-            parts, good = checked_squares(model, forward, samples=count, check=shapes not in proven)
+            good = add_squared_gradients(
+                model,
+                partial(value, model, batch),
+                total,
+                samples=len(next(iter(batch.values()))),
+                max_bytes=max_bytes,
+                check=shapes not in proven,
+            )
             proven |= {shapes} if good else set()
-            total = {name: total[name] + part if total else part for name, part in parts.items()}
-    finally:
-        model.train(training)
-        for p, requires_grad in before.items():
-            p.requires_grad_(requires_grad)
+    check_finite(total)
     return {name: value.div_(len(chosen)) for name, value in total.items()}
 
 
+@contextmanager
+def _all_trained(model: nn.Module) -> Iterator[None]:
+    """Within the block every parameter requires a gradient, except integers; then each as before."""
+    before = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
+    try:
+        for p in before:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, requires_grad in before.items():
+            p.requires_grad_(requires_grad)
+
+
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift and "labels" in batch and batch["labels"].dim() == 2 and "decoder_input_ids" not in batch:
+        inputs["decoder_input_ids"] = shift(
+            batch["labels"]
+        )  # an encoder and a decoder, which reads the labels
+    return model(**inputs).logits
 
 
 def _empirical(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """log p(label | input) of each example. Shapes: → (B)."""
-    logits, labels = _logits(model, batch), batch["labels"]
+    labels = batch["labels"]
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}, expected classes or tokens as integers; for anything "
+            "else give log_likelihood, for a regression −(prediction − label)² / 2 of each example"
+        )
+    logits = _logits(model, batch)
     if labels.dim() == 1:
         return -cross_entropy(logits, labels, reduction="none")
     if predicts_next(model):

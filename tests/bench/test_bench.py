@@ -9,7 +9,7 @@ import torch
 
 from pefttutor.bench import Row, discover
 from pefttutor.bench.__main__ import main
-from pefttutor.bench.memory import kept_bytes, resident_growth_here, transient_bytes
+from pefttutor.bench.memory import kept_bytes, resident_growth_here, state_bytes, transient_bytes
 from pefttutor.bench.protocol import Ratio, difference, disturbed_rounds, paired_ratio, time_rounds
 from pefttutor.bench.report import table, to_json
 from pefttutor.bench.run import Result, judge, run
@@ -140,9 +140,9 @@ def test_a_missing_peer_is_named():
 
 def test_the_verdict_names_each_missed_goal():
     half = result(goals={"time": 0.7, "transient": 0.4}, time=Ratio(0.75, 0.7, 0.8))
-    assert judge(half) == "missed: time 0.750 > 0.70, transient not measured"
+    assert judge(half) == "missed: time 0.750 > 0.7, transient not measured"
     half.bytes["transient"] = {"ours": 4, "peer": 10}
-    assert judge(half) == "missed: time 0.750 > 0.70"
+    assert judge(half) == "missed: time 0.750 > 0.7"
     half.goals["time"] = 0.75
     assert judge(half) == "met"
     assert judge(result()) == "no goal"
@@ -168,6 +168,55 @@ def test_kept_bytes_count_each_storage_once_and_no_parameter():
     x, weight = torch.randn(10, 4, requires_grad=True), torch.nn.Parameter(torch.randn(4, 4))
     # `@` keeps x and the weight's view, exp keeps its result (10 × 4), which `*` keeps twice more
     assert kept_bytes(lambda: (x @ weight.t()).exp().square() * 2) == 2 * 10 * 4 * 4
+
+
+def updating(optimizer, *weights):
+    def step():
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return {"y": torch.ones(1)}
+
+    step.optimizer = optimizer
+    return step
+
+
+def test_state_bytes_are_what_the_optimizer_keeps():
+    weights = [
+        torch.zeros(10, 4, requires_grad=True),
+        torch.zeros(3, dtype=torch.float64, requires_grad=True),
+    ]
+    adamw = updating(torch.optim.AdamW(weights), *weights)
+    assert state_bytes(adamw) == state_bytes(adamw) == 2 * (40 * 4 + 3 * 8)
+    assert state_bytes(updating(torch.optim.SGD(weights, momentum=0.9), *weights)) == 40 * 4 + 3 * 8
+    with pytest.raises(ValueError, match="SGD has no tensor"):
+        state_bytes(updating(torch.optim.SGD(weights), *weights))
+    with pytest.raises(ValueError, match="has no attribute `optimizer`"):
+        state_bytes(lambda: None)
+
+
+def test_a_goal_of_state_is_measured_and_judged():
+    def build(side, seed):
+        weight = torch.zeros(100 if side == "peer" else 25, requires_grad=True)
+        return updating(torch.optim.AdamW([weight]), weight)
+
+    measured = run(Row(name="r", work="w", peer="p", build=build, goals={"state": 0.25}, rounds=1))
+    assert measured.bytes == {"state": {"ours": 200, "peer": 800}}
+    assert measured.verdict == "met"
+    assert "state      0.250   goal ≤ 0.25" in table(measured)
+    measured.goals["state"] = 0.005
+    assert judge(measured) == "missed: state 0.250 > 0.005"
+
+
+@pytest.mark.parametrize("p", [0.3, 0.1, 0.005])
+def test_both_sides_of_the_sparse_row_do_the_same_work_and_ours_keeps_no_more_than_p(monkeypatch, p):
+    from pefttutor.bench.rows import sparse_adamw
+
+    monkeypatch.setattr(sparse_adamw, "SHAPE", (40, 50))
+    ours, peer = sparse_adamw.build("ours", 0, p=p), sparse_adamw.build("peer", 0, p=p)
+    assert difference(ours(), peer())[0] == 0
+    assert discover()[f"sparse_adamw_{p:g}"].goals["state"] == p
+    assert 0 < state_bytes(ours) <= p * state_bytes(peer)
 
 
 @pytest.mark.skipif(

@@ -183,6 +183,20 @@ def test_errors_say_what_was_given(tiny, batch):
         squared_gradients(model.requires_grad_(False), lambda: log_likelihood(model, inputs), samples=3)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_refused(bad):
+    """The root's slope at 0 is infinite, the value is 0."""
+    model, x = nn.Linear(2, 2), torch.ones(3, 2)
+
+    def forward():
+        y = model(x)
+        return (y - y.detach()).square().pow(0.25).sum(1) if bad != bad else (y - y.detach()).pow(0.5).sum(1)
+
+    assert not forward().any()
+    with pytest.raises(FloatingPointError, match="gradient of 'weight' has NaN or infinite"):
+        squared_gradients(model, forward, samples=3)
+
+
 def test_a_batch_as_large_as_its_texts_are_long(tiny):
     """T5 looks its position bias up by (query, key): with as many queries as samples it looks like a batch."""
     model, generator = tiny("t5", dtype=F64), torch.Generator().manual_seed(2)

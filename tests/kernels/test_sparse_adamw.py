@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 
+from pefttutor.kernels import chosen
 from pefttutor.kernels.sparse_adamw import (
     SparseAdamW,
     SparseSGD,
@@ -190,6 +191,14 @@ def test_a_closure_is_called_once_with_gradients_on():
 
     assert optimizer.step(closure).item() == 3
     torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 0.8, 1.0]))
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_writing_works_where_torch_scatters_by_int64_only(monkeypatch, short):
+    monkeypatch.setattr(chosen, "_SHORT", chosen._SHORT and short)
+    tensor, index = torch.zeros(2, 3), torch.tensor([5, 1], dtype=torch.int32)
+    write(tensor, index, torch.tensor([7.0, 8.0]))
+    assert tensor.tolist() == [[0, 8, 0], [0, 0, 7]]
 
 
 def test_writing_leaves_gradients_of_an_earlier_forward_alone():

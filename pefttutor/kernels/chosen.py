@@ -1,0 +1,69 @@
+"""The chosen entries of a tensor: read them, write them, and get their gradients alone.
+
+An `index` holds the flat places of the chosen entries, each once, as int32 or int64: 4 or 8 bytes an entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["read", "selected", "write"]
+
+
+def _scatters_by_int32() -> bool:
+    """Whether this torch scatters by int32 places (2.13 does); an older one needs them as int64."""
+    try:
+        torch.zeros(1).scatter_(0, torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+    except RuntimeError:
+        return False
+    return True
+
+
+_SHORT = _scatters_by_int32()
+
+
+def read(tensor: Tensor, index: Tensor) -> Tensor:
+    """The chosen entries of `tensor` as a vector. Shapes: tensor (…), index (k) → (k)."""
+    return tensor.detach().reshape(-1).index_select(0, index)
+
+
+def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
+    """Put `values` into their places in `tensor`; no other entry is touched. Shapes: (…), (k), (k).
+
+    Autograd doesn't count it as a change: the same values may be written again between forward and backward.
+
+    Raises: ValueError for a tensor that isn't contiguous.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"write: the tensor {tuple(tensor.shape)} isn't contiguous; call contiguous() first")
+    flat, places = tensor.data.view(-1), index if _SHORT else index.long()
+    flat.scatter_(0, places, values.detach().to(tensor.dtype))  # a third of index_copy_'s time
+
+
+def selected(values: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """`weight`, whose gradient arrives in `values` for the chosen entries and nowhere for the others.
+
+    `weight` must hold `values` at `index` already (see `write`). The result shares its memory: nothing is copied.
+
+    Shapes: values (k), weight (…), index (k) → (…).
+    Cost: forward none; backward the layer's own dense weight gradient, gathered and freed at once.
+    """
+    return _Selected.apply(values, weight, index)
+
+
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.dtype = values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        return grad.reshape(-1).index_select(0, index).to(ctx.dtype), None, None

@@ -1,0 +1,102 @@
+"""Watch a forward: what went into each layer whose parameters are measured, and what came out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from pefttutor.kernels import per_sample
+
+__all__ = ["Call", "known_parameters", "training", "watched"]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer: what went in and what came out."""
+
+    layer: nn.Module
+    input: Tensor
+    output: Tensor
+    by_sample: bool
+
+
+def known_parameters(module: nn.Module, wanted: Iterable[Tensor]) -> set[Tensor]:
+    """The parameters all of whose owners are layers that `per_sample` knows."""
+    owners: dict[Tensor, list[nn.Module]] = {p: [] for p in wanted}
+    for layer in module.modules():
+        for p in layer._parameters.values():
+            if p in owners:
+                owners[p].append(layer)
+    return {p for p, layers in owners.items() if layers and all(map(per_sample.knows, layers))}
+
+
+@contextmanager
+def watched(module: nn.Module, known: set[Tensor], samples: int) -> Iterator[list[Call]]:
+    """Note every call of the layers that hold a known parameter, and let it compute with detached ones.
+
+    So the graph has each call's output, and reaches a known parameter only where its layer wasn't called for it:
+    `h @ embedding.weight.T`.
+    """
+    calls: list[Call] = []
+    handles, detached = [], []
+    for layer in module.modules():
+        own = {name: p.detach() for name, p in layer._parameters.items() if p is not None and p in known}
+        if own:
+            detached.append((layer, own))
+            handles.append(layer.register_forward_pre_hook(partial(_detach, own)))
+            handles.append(layer.register_forward_hook(partial(_note, calls, samples, own), with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, own in detached:
+            _attach(own, layer)
+
+
+def _detach(own: dict[str, Tensor], layer: nn.Module, args: Any) -> None:
+    """An attribute of the layer's own is found before its parameter; one that is there already stays."""
+    vars(layer).update({name: value for name, value in own.items() if name not in vars(layer)})
+
+
+def _attach(own: dict[str, Tensor], layer: nn.Module) -> None:
+    for name, value in own.items():
+        if vars(layer).get(name) is value:
+            del vars(layer)[name]
+
+
+def _note(
+    calls: list[Call],
+    samples: int,
+    own: dict[str, Tensor],
+    layer: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Any,
+) -> Tensor:
+    _attach(own, layer)
+    given = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(layer, nn.Embedding) and len(given) == 1 < samples:  # positions, the same for all samples
+        given, output = (t.expand(samples, *t.shape[1:]) for t in (given, output))
+    if not output.requires_grad:
+        output = output.detach().requires_grad_().clone()  # the clone may be changed in place
+    calls.append(Call(layer, given.detach(), output, output.dim() > 1 and len(output) == samples))
+    return output
+
+
+@contextmanager
+def training(parameters: Iterable[Tensor], only: Iterable[Tensor]) -> Iterator[None]:
+    """Let gradients flow to `only`, for the block."""
+    parameters, chosen = list(parameters), set(only)
+    try:
+        for p in parameters:
+            p.requires_grad_(p in chosen)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
