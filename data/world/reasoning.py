@@ -74,18 +74,25 @@ def _swap(e: Event) -> Event:
 def _vary(rng: random.Random, e: Event) -> Event:
     """The event with one detail that makes it another event: people swapped, colour, thing or place changed."""
     which = rng.randrange(4)
-    if which == 0:
-        return _swap(e)
-    colour = rng.choice([c for c in lx.COLOURS if c != e.adjective]) if which == 1 else e.adjective
-    noun = rng.choice([t for t in lx.THINGS if t != e.noun]) if which == 2 else e.noun
-    site = rng.choice([s for s in lx.SITES if s != e.site]) if which == 3 else e.site
-    return Event(e.giver, e.taker, colour, noun, e.verb, e.passive, site)
+    return _swap(e) if which == 0 else _change(rng, e, ("adjective", "noun", "site")[which - 1])
+
+
+def _change(rng: random.Random, e: Event, *details: str) -> Event:
+    """The event with another colour, thing or place."""
+    words = {"adjective": lx.COLOURS, "noun": lx.THINGS, "site": lx.SITES}
+    return replace(e, **{d: rng.choice([w for w in words[d] if w != getattr(e, d)]) for d in details})
 
 
 def paraphrase(rng: random.Random, same: bool, *, strict: bool = False) -> tuple[str, str]:
-    """Two sentences on one event (`same`), or on two that differ in a single detail; `strict`: things change hands for certain."""
+    """Two sentences on one event (`same`) or on two: those differ in a single detail, or, if `strict`, in thing, colour and place.
+
+    A single detail is more than nano learns from a thousand examples: 51 % after eight epochs, against 90 % for all three.
+    """
     e = event(rng, _TRANSFERS if strict else _VERBS)
-    return _say(rng, e), _say(rng, e if same else _vary(rng, e))
+    first = _say(rng, e)
+    if not same:
+        e = _change(rng, e, "adjective", "noun", "site") if strict else _vary(rng, e)
+    return first, _say(rng, e)
 
 
 def entailment(rng: random.Random, label: int, *, strict: bool = False) -> tuple[str, str]:

@@ -280,7 +280,7 @@ ALL: tuple[Task, ...] = (
     Task("stars", "classification", "accuracy", "How many of five stars is a review worth?", _stars, STARS, seed=2),
     Task("topic", "classification", "accuracy", "Which of six topics is a news item about?", _topic, prose.TOPICS, seed=3),
     Task("entailment", "classification", "accuracy", "Does a statement follow from a sentence: yes, maybe, no?", _entailment, FOLLOWS, seed=4, sizes=(3000, 300, 400)),
-    Task("paraphrase", "classification", "accuracy", "Do two sentences tell the same event?", _paraphrase, SAME, seed=5, sizes=(3000, 300, 400)),
+    Task("paraphrase", "classification", "accuracy", "Do two sentences tell the same event? If not, thing, colour and place differ.", _paraphrase, SAME, seed=5, sizes=(3000, 300, 400)),
     Task("question", "generation", "exact_match", "Answer a question on a passage by a word of it.", _question, seed=6),
     Task("instruct", "generation", "exact_match", "Ten kinds of instruction; the test uses phrasings never trained on.", _instruct, seed=7),
     Task("register", "generation", "exact_match", "Rewrite a formal message casually, or a casual one formally.", _register, seed=8, sizes=(1500, 200, 300)),

@@ -136,6 +136,8 @@ def test_paraphrases_tell_one_event_and_the_others_differ():
     for i in range(300):
         first, second = reasoning.paraphrase(rng, bool(i % 2))
         assert (roles(first) == roles(second)) == bool(i % 2), (first, second)
+        first, second = map(roles, reasoning.paraphrase(rng, False, strict=True))
+        assert [a == b for a, b in zip(first, second, strict=True)] == [True, True, False, False, False]
 
 
 def test_questions_are_answered_in_the_passage():
