@@ -2,25 +2,34 @@
 
 eager   q, k, v copied head by head, softmax(q kᵀ): batch · heads · length² numbers, once more with dropout
 fused   q, k, v, the output, and one number a row (its log-sum-exp)
+masked  sdpa where padding or a sliding window needs a mask: batch · length² numbers of it, and k, v once for every head
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pefttutor.memory.paper import FLOAT, Paper
 from pefttutor.memory.tape import Tape
 
-__all__ = ["ATTENTION", "Attention"]
+__all__ = ["ATTENTION", "Attention", "window"]
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
+
+
+def window(config: Any, layer: int) -> int | None:
+    """How many tokens back a layer of a decoder sees, itself included; None for all of them."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 @dataclass(frozen=True)
 class Attention:
     """softmax(q kᵀ / √d) v of every head.
 
-    bias: T5's position bias: None where there is none, else whether it trains.
+    bias: T5's position bias: None where there is none, else whether it trains. masked: whether `sdpa` gets a mask.
     float_softmax: whether the model takes the softmax in float32 and rounds it back, which keeps both.
     """
 
@@ -33,6 +42,7 @@ class Attention:
     dropout: float = 0.0
     float_softmax: bool = False
     bias: bool | None = None
+    masked: bool = False
 
     def __call__(self, tape: Tape, q: Paper, k: Paper, v: Paper) -> Paper:
         """q (batch · length, heads · d), k and v (batch · keys, kv_heads · d) → (batch · length, heads · d)."""
@@ -40,13 +50,17 @@ class Attention:
             return self._written_out(tape, q, k, v)
         if tape.device == "cpu" and (self.dropout or self.bias):  # which the fused kernel there doesn't know
             return tape.cast(self._written_out(tape, q, k, v), q.itemsize)
+        masked = self.masked and self.mode == "sdpa"
+        if masked and self.heads > self.kv_heads:  # its kernels can't share k and v between heads then
+            k, v = (x.like(width=q.width) for x in (k, v))
         out = q.like(k, v)
         if out.grad:
             for kept in (q, k, v, out):
                 tape.save(kept, "attention")
             tape.save(q.like(width=self.heads, itemsize=FLOAT), "attention")  # log-sum-exp
-            if self.bias is not None:
-                tape.save(Paper(self.heads * self.length, self.keys, q.itemsize, False), "attention")
+            if masked or self.bias is not None:
+                rows = (self.batch if masked else 1) * (1 if self.bias is None else self.heads) * self.length
+                tape.save(Paper(rows, self.keys, q.itemsize, False), "attention")
         return out
 
     def _written_out(self, tape: Tape, q: Paper, k: Paper, v: Paper) -> Paper:
@@ -59,7 +73,7 @@ class Attention:
         k, v = (x.like(width=x.width * repeated) for x in (k, v))
         scores = tape.mul(q, k, "attention").like(rows=self.batch * self.heads * self.length, width=self.keys)
         scores = scores.like(grad=scores.grad or bool(self.bias))
-        wide = scores.like(itemsize=max(width, FLOAT if self.float_softmax else 0))
+        wide = scores.like(itemsize=FLOAT if self.float_softmax and not fused else width)
         if wide.grad:
             tape.save(wide, "attention")
         weights = tape.dropout(tape.cast(wide, width), self.dropout)

@@ -14,8 +14,10 @@ __all__ = [
     "DTYPES",
     "OPTIMIZERS",
     "QUANTIZATION",
+    "check_attention",
     "check_config",
     "check_length",
+    "check_method",
     "named_dtype",
     "one_of",
     "whole",
@@ -34,6 +36,19 @@ OPTIMIZERS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 # Bits a weight, scales included. NF4: one float32 scale for 64 weights; "double": that scale in 8 bits, and one
 # float32 for 256 of them (QLoRA, Dettmers et al. 2023, section 3). int8: one float32 scale a row, left out here.
 QUANTIZATION = {"nf4": 4 + 32 / 64, "nf4-double": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8.0}
+
+# What a config counts, where it has it; None there means that the model takes a usual value.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_decoder_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "d_kv",
+    "intermediate_size",
+    "vocab_size",
+)
 
 
 def one_of(name: str, value: Any, known: Collection[Any]) -> Any:
@@ -65,6 +80,14 @@ def check_config(config: Any) -> None:
             f"architecture {shown!r} has no formula for its activations; there are some for {', '.join(FAMILIES)}. "
             "Measure it instead: pefttutor.memory.measure(step, model=model)."
         )
+    for name in SIZES:
+        if getattr(config, name, None) is not None:
+            whole(**{f"the config's {name}": getattr(config, name)})
+    if kind == "vit" and _side(config.image_size) < _side(config.patch_size):
+        raise ValueError(
+            f"the config contradicts itself: image_size {config.image_size} is smaller than patch_size "
+            f"{config.patch_size}, so a picture has no patch"
+        )
     width, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 1)
     groups = getattr(config, "num_key_value_heads", None) or heads
     own_width = getattr(config, "head_dim", None) or kind in ("t5", "mt5")
@@ -79,11 +102,34 @@ def check_config(config: Any) -> None:
         )
 
 
-def check_attention(config: Any, attention: str) -> None:
-    one_of("attention", attention, ATTENTION)
-    if config.model_type == "bloom" and attention != "eager":
+def _side(size: Any) -> int:
+    return size if isinstance(size, int) else min(size)
+
+
+def check_attention(model: Any, attention: str | None) -> str:
+    """The attention of this model's class, sdpa before eager if None. Raises: ValueError for one it doesn't have."""
+    has = {"eager": True, "sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
+    known = [mode for mode in ATTENTION if has[mode]]
+    if attention is None:
+        return "sdpa" if "sdpa" in known else "eager"
+    if one_of("attention", attention, ATTENTION) not in known:
+        shown = " or ".join(repr(mode) for mode in known)
         raise ValueError(
-            f"attention is {attention!r}, but transformers computes BLOOM's attention as 'eager' only"
+            f"attention is {attention!r}, but transformers computes {model.config.model_type.upper()}'s attention "
+            f"as {shown} only"
+        )
+    return attention
+
+
+def check_method(method: Any) -> None:
+    """Raises: TypeError for what is no method."""
+    if isinstance(method, type):
+        raise TypeError(
+            f"method is the class {method.__name__}; give an instance of it: {method.__name__}(…)"
+        )
+    if method is not None and not hasattr(method, "attach"):
+        raise TypeError(
+            f"method is {method!r}; expected something with attach(model), such as pefttutor.LoRA(r=8), or None"
         )
 
 

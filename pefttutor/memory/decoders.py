@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pefttutor.memory.attention import window
 from pefttutor.memory.paper import INDEX, Paper
 from pefttutor.memory.step import Step, opened
 from pefttutor.memory.tape import Tape
@@ -20,13 +21,13 @@ __all__ = ["bloom", "gpt2", "llama"]
 def llama(tape: Tape, model: Any, step: Step) -> Paper:
     body, config = model.base_model, model.config
     heads, head_dim = config.num_attention_heads, body.layers[0].self_attn.head_dim
-    attention = step.heads(
-        heads, kv=config.num_key_value_heads, dropout=config.attention_dropout, float_softmax=True
-    )
+    groups, dropout = config.num_key_value_heads, config.attention_dropout
     rotary = Paper(step.sequence_length, 2 * head_dim, body.norm.weight.element_size(), False)  # cos and sin
 
     def block(tape: Tape, layer: Any, x: Paper) -> Paper:
         attn, h = layer.self_attn, tape.call(layer.input_layernorm, x, "norms")
+        limit = window(config, attn.layer_idx)
+        attention = step.heads(heads, kv=groups, dropout=dropout, float_softmax=True, window=limit)
         q, k, v = (tape.call(part, h, "attention") for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         if hasattr(attn, "q_norm"):  # Qwen3: a norm for each head
             q, k = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from pefttutor.memory.attention import Attention
-from pefttutor.memory.layers import trains
 from pefttutor.memory.paper import INDEX, Paper
 from pefttutor.memory.step import Step, opened
 from pefttutor.memory.tape import Tape
@@ -29,10 +28,11 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.dropout(tape.call(layer.output.dense, h, "ffn"), p)
         return tape.call(layer.output.LayerNorm, x.like(h), "norms")
 
-    e, positions = body.embeddings, Paper(step.sequence_length, 1, INDEX, False)
+    e, kinds = body.embeddings, Paper(step.sequence_length, 1, INDEX, False)
+    positions = kinds.like(itemsize=0)  # a buffer, which exists anyway
     x = tape.call(e.word_embeddings, step.ids(step.sequence_length), "embeddings")
-    x = x.like(tape.call(e.token_type_embeddings, positions, "embeddings"))
-    x = x.like(tape.call(e.position_embeddings, positions.view(), "embeddings"))
+    x = x.like(tape.call(e.token_type_embeddings, kinds, "embeddings"))
+    x = x.like(tape.call(e.position_embeddings, positions, "embeddings"))
     x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x), "norms"), p)
     for layer in body.encoder.layer:
         x = tape.block(block, layer, x)
@@ -60,13 +60,9 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
         return x.like(tape.dropout(h, p))
 
     pixels = Paper(step.batch_size * patches, conv.weight[0].numel(), conv.weight.element_size(), False)
-    x = tape.linear(
-        pixels, config.hidden_size, "embeddings", weight=trains(conv.weight), bias=trains(conv.bias)
-    )
-    x = x.like(
-        rows=step.batch_size * (patches + 1),
-        grad=x.grad or trains(e.cls_token) or trains(e.position_embeddings),
-    )
+    x = tape.call(conv, pixels, "embeddings")
+    grad = tape.trains(*e._parameters.values()) or x.grad
+    x = x.like(rows=step.batch_size * (patches + 1), grad=grad)
     x = opened(tape, model, tape.dropout(x, p))
     for layer in body.layers:
         x = tape.block(block, layer, x)
@@ -77,6 +73,11 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
 
 
 def t5(tape: Tape, model: Any, step: Step) -> Paper:
+    if not hasattr(model, "decoder"):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder alone, and the estimator knows T5 with encoder and decoder: "
+            "give a model of T5ForConditionalGeneration, or measure(step, model=model)"
+        )
     n, m, config = step.sequence_length, step.target_length, model.config
     p, heads = config.dropout_rate, config.num_heads
 
@@ -99,7 +100,7 @@ def t5(tape: Tape, model: Any, step: Step) -> Paper:
 
     def stack(part: Any, length: int, states: Paper | None) -> Paper:
         saves_layers = part.block[0].gradient_checkpointing
-        bias = trains(part.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+        bias = tape.trains(*part.block[0].layer[0].SelfAttention.relative_attention_bias.parameters())
         own = step.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
         cross = step.heads(heads, length=length, keys=n, dropout=p, bias=saves_layers)
         x = opened(tape, model, tape.call(part.embed_tokens, step.ids(length), "embeddings"))

@@ -33,6 +33,12 @@ def _conv1d(tape: Tape, layer: Any, x: Paper, kind: str) -> Paper:
     return tape.linear(x, out, kind, weight=trains(layer.weight), bias=trains(layer.bias))
 
 
+def _conv2d(tape: Tape, layer: Any, x: Paper, kind: str) -> Paper:
+    """A picture's patches, one a row. Keeps them also where only the bias trains."""
+    learns = trains(layer.weight) or trains(layer.bias)
+    return tape.linear(x, layer.weight.shape[0], kind, weight=learns)
+
+
 def _embedding(tape: Tape, layer: Any, ids: Paper, kind: str) -> Paper:
     weight = layer.weight
     if trains(weight):
@@ -52,7 +58,7 @@ def _layer_norm(tape: Tape, layer: Any, x: Paper, kind: str) -> Paper:
 
 def _rms_norm(tape: Tape, layer: Any, x: Paper, kind: str, *, upcast: bool = True) -> Paper:
     """w · (h · ρ) with ρ = (mean h² + ε)^−½ in float32: keeps h, ρ, and h · ρ where w trains."""
-    wide = tape.cast(x, max(x.itemsize, FLOAT))
+    wide = tape.cast(x, FLOAT)
     root = wide.like(width=1)
     if x.grad:
         tape.save(wide, kind)  # for h²
@@ -67,6 +73,7 @@ _RMS: dict[str, Rule] = {f"{name}RMSNorm": _rms_norm for name in ("Llama", "Mist
 RULES: dict[str, Rule] = {
     "Linear": _linear,
     "Conv1D": _conv1d,
+    "Conv2d": _conv2d,
     "Embedding": _embedding,
     "LayerNorm": _layer_norm,
     "T5LayerNorm": partial(_rms_norm, upcast=False),
@@ -83,13 +90,29 @@ def plain_rule(layer: nn.Module) -> Rule | None:
 def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:
     """Run a layer of unknown type by itself, without values, and see what autograd saves.
 
-    For the layers of a method that says nothing about itself. The layer gets x as (rows, width), or ids as (rows).
+    For the layers of a method that says nothing about itself. The layer gets x as (rows, width), ids as (rows), and a
+    convolution one patch a row. Of layers that look the same, one is run.
     Raises: ValueError if it can't run without values.
     """
+    looks = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
+    key = (type(layer), str(layer), looks, hooks, x.rows, x.width, x.itemsize, x.grad)
+    if key not in tape.alone:
+        tape.alone[key] = (x, *_run(layer, x))
+    given, kept, out = tape.alone[key]
+    own = {given: x}
+    for paper in kept:
+        tape.save(own.setdefault(paper, paper.like()), kind)
+    return own.get(out) or out.like()
+
+
+def _run(layer: nn.Module, x: Paper) -> tuple[list[Paper], Paper]:
+    """What autograd saves for the layer, each storage once, and its output."""
     if isinstance(layer, nn.Embedding):
         given = torch.empty(x.rows, dtype=torch.int64, device="meta")
     else:
-        given = torch.empty(x.rows, x.width, dtype=_WIDTH[x.itemsize], device="meta", requires_grad=x.grad)
+        shape = layer.weight.shape[1:] if isinstance(layer, nn.Conv2d) else (x.width,)
+        given = torch.empty(x.rows, *shape, dtype=_WIDTH[x.itemsize], device="meta", requires_grad=x.grad)
     own = {p.untyped_storage()._cdata for p in [*layer.parameters(), *layer.buffers()]}
     seen: dict[int, Paper] = {given.untyped_storage()._cdata: x}
 
@@ -98,10 +121,11 @@ def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:
         if storage._cdata not in own:
             alive.append(tensor.detach())  # so that no address is used twice
             size = storage.nbytes() // tensor.element_size()
-            tape.save(seen.setdefault(storage._cdata, Paper(1, size, tensor.element_size(), True)), kind)
+            kept.append(seen.setdefault(storage._cdata, Paper(1, size, tensor.element_size(), True)))
         return tensor
 
     alive: list[Tensor] = []
+    kept: list[Paper] = []
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             y = layer.train()(given)
@@ -111,4 +135,4 @@ def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:
             "trace(layer, x, tape, kind), see pefttutor.method.Method"
         ) from error
     same = seen.get(y.untyped_storage()._cdata)
-    return same or Paper(x.rows, y.numel() // x.rows, y.element_size(), y.requires_grad)
+    return kept, same or Paper(x.rows, y.numel() // x.rows, y.element_size(), y.requires_grad)

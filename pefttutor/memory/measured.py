@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pefttutor.bench.memory import resident_growth_here, transient_bytes
+from pefttutor.memory.weights import added_buffers
 
 __all__ = ["Measured", "Saved", "measure", "watch_saved"]
 
@@ -27,9 +28,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes. The first three are what `model` and `optimizer` hold after the step (0 without them).
+    """Bytes. The first three are what `model` and `optimizer` hold after the step (0 without them): weights are
+    parameters, and the buffers that a method has added.
 
-    activations: what autograd kept at the fullest moment, each storage once, parameters not; by_layer: the same by
+    activations: what autograd kept at the fullest moment, each storage once, weights not; by_layer: the same by
     the module that made autograd keep it. allocator_peak: everything that lived during the step and not before it,
     so also what operations only passed through. resident_growth: of the process; None where it can't be measured.
     """
@@ -53,14 +55,14 @@ def measure(
     It is called six times: the saved tensors, the allocator and resident memory are watched one after the other, and
     each warms up. Gradients are left as the last call leaves them.
 
-    Raises: what `step` raises.
+    Raises: ValueError as `watch_saved`; what `step` raises.
     """
     with watch_saved(model) as saved:
         step()
     parameters = list(model.parameters()) if model is not None else []
     state = [t for entry in optimizer.state.values() for t in entry.values()] if optimizer is not None else []
     return Measured(
-        weights=_nbytes(parameters),
+        weights=_nbytes(parameters) + (_nbytes(added_buffers(model)) if model is not None else 0),
         gradients=_nbytes(p.grad for p in parameters),
         optimizer=_nbytes(
             t for t in state if isinstance(t, Tensor) and t.dim()
@@ -77,9 +79,13 @@ def watch_saved(model: nn.Module | None = None) -> Iterator[Saved]:
     """Inside the block, note what autograd keeps and when it lets go; with `model` by the names of its layers.
 
     Every storage counts once, however many operations keep it, for as long as one of them does. Parameters and their
-    views don't count: they exist without the step. What is kept under `torch.utils.checkpoint` is seen with
-    use_reentrant=True only: the other kind keeps its inputs where nobody can look.
+    views don't count, nor do the buffers of `model`: they exist without the step. What `torch.utils.checkpoint` keeps
+    is seen with use_reentrant=True only: the other kind keeps its inputs where nobody can look.
+
+    Raises: ValueError if `model` uses that other kind, which is transformers' usual one.
     """
+    _refuse_hidden_checkpoints(model)
+    exist = {b.untyped_storage()._cdata for b in model.buffers()} if model is not None else set()
     saved, live, inside = Saved(), Counter[int](), _Inside(model)
     sizes: dict[int, int] = {}
     total = 0
@@ -107,13 +113,24 @@ def watch_saved(model: nn.Module | None = None) -> Iterator[Saved]:
 
     def pack(tensor: Tensor) -> Any:
         owner = tensor if tensor._base is None else tensor._base
-        return tensor if isinstance(owner, nn.Parameter) else Kept(tensor)
+        exists = isinstance(owner, nn.Parameter) or tensor.untyped_storage()._cdata in exist
+        return tensor if exists else Kept(tensor)
 
     def unpack(packed: Any) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed.tensor
 
     with inside, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield saved
+
+
+def _refuse_hidden_checkpoints(model: nn.Module | None) -> None:
+    for module in model.modules() if model is not None else ():
+        chosen = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(module, "gradient_checkpointing", False) and not chosen.get("use_reentrant"):
+            raise ValueError(
+                "this model's gradient checkpointing keeps its inputs where they can't be measured. Call "
+                "model.activation_checkpointing_enable({'use_reentrant': True}): that one can be seen"
+            )
 
 
 class _Inside:

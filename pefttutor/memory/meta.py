@@ -9,26 +9,30 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pefttutor.memory.heads import knows
 from pefttutor.method import adapted
 
 __all__ = ["attached", "on_meta", "skeleton"]
 
 
 def skeleton(config: Any, *, dtype: torch.dtype, like: Any = None) -> nn.Module:
-    """The model that `config` describes: of class `like`, the class that it names, or the usual one for training.
+    """The model that `config` describes: of class `like`, else of the class that it names if the estimator knows
+    that one's head, else of the usual one for training.
 
     Raises: ValueError, from transformers, for a config that contradicts itself.
     """
     import transformers
 
     named = like or getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    autos = [transformers.AutoModelForSeq2SeqLM] if config.is_encoder_decoder else []
+    autos = [transformers.AutoModelForSeq2SeqLM] if config.model_type in ("t5", "mt5") else []
     autos += [transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification]
     if config.model_type == "bert":  # transformers has a causal BERT too, which nobody means
         autos = [transformers.AutoModelForSequenceClassification]
     with torch.device("meta"):
         if named is not None:
-            return named._from_config(copy.deepcopy(config), dtype=dtype)
+            model = named._from_config(copy.deepcopy(config), dtype=dtype)
+            if like or knows(model):
+                return model
         auto = next(auto for auto in autos if type(config) in auto._model_mapping)
         return auto.from_config(config, dtype=dtype)
 

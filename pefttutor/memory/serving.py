@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pefttutor.memory.attention import window
 from pefttutor.memory.breakdown import Breakdown
 from pefttutor.memory.checks import QUANTIZATION, named_dtype, one_of, whole
-from pefttutor.memory.training import prepared, weight_bytes
+from pefttutor.memory.weights import prepared, weight_bytes
+from pefttutor.method import adapted, freeze
 
 __all__ = ["estimate_serving"]
 
@@ -27,32 +29,43 @@ def estimate_serving(
     """One base, `adapters` sets of what `method` adds or trains, and the keys and values of every token so far.
 
     keys and values = 2 · layers · heads_kv · head_dim · batch_size · sequence_length numbers
+    (of a layer with a sliding window: its last window − 1 tokens at most, as transformers keeps them)
 
+    method: None is the base alone, of which nothing trains, or the method that the model carries already.
     A method that trains weights of the base (BitFit) needs its own copy of those for each adapter after the first.
     An encoder-decoder caches its decoder's own tokens (target_length) and its view of the input (sequence_length).
     cache_dtype: None takes the weights'. The rest as in `estimate`.
 
     Raises: ValueError as `estimate`, and for an encoder, which has no cache.
     """
-    whole(adapters=adapters, batch_size=batch_size, sequence_length=sequence_length)
+    target_length = sequence_length if target_length is None else target_length
+    whole(
+        adapters=adapters, batch_size=batch_size, sequence_length=sequence_length, target_length=target_length
+    )
     one_of("quantization", quantization, (None, *QUANTIZATION))
     model, base = prepared(
         model_or_config, method, sequence_length, weight_dtype=weight_dtype, adapter_dtype=adapter_dtype
     )
     config: Any = model.config
-    if config.model_type in ("bert", "vit"):
-        raise ValueError(f"{config.model_type!r} is an encoder: it writes no text, so it caches nothing")
+    alone = config.model_type in ("t5", "mt5") and not hasattr(model, "decoder")
+    if config.model_type in ("bert", "vit") or alone:
+        raise ValueError(f"{type(model).__name__} is an encoder: it writes no text, so it caches nothing")
+    if method is None and adapted(model) is None:
+        freeze(model)
     sizes: dict[str, Any] = weight_bytes(model, base, quantization)
     per_adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    per_adapter += sum(buffer.nbytes for buffer in model.buffers() if buffer not in base)
     sizes["adapter_weights"] += (adapters - 1) * per_adapter
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or _head_dim(config)
     width = (named_dtype("cache_dtype", cache_dtype) or next(model.parameters()).dtype).itemsize
-    tokens, layers = sequence_length, config.num_hidden_layers
     if config.is_encoder_decoder:
-        tokens, layers = sequence_length + (target_length or sequence_length), config.num_decoder_layers
+        tokens = config.num_decoder_layers * (sequence_length + target_length)
+    else:
+        windows = [window(config, layer) for layer in range(config.num_hidden_layers)]
+        tokens = sum(min(sequence_length, limit - 1) if limit else sequence_length for limit in windows)
     values = sum(p.numel() for p in model.parameters())
-    cache = 2 * layers * heads * head_dim * batch_size * tokens * width
+    cache = 2 * heads * head_dim * batch_size * tokens * width
     return Breakdown(**sizes, kv_cache=cache, values=values)
 
 

@@ -20,14 +20,20 @@ class Step:
     sequence_length: int
     target_length: int  # of an encoder-decoder's labels
     attention: str
+    padding: bool = False  # whether the texts of a batch differ in length
 
     def ids(self, length: int) -> Paper:
         return Paper(self.batch_size * length, 1, INDEX, False)
 
-    def heads(self, heads: int, *, kv: int | None = None, **more: Any) -> Attention:
+    def heads(
+        self, heads: int, *, kv: int | None = None, window: int | None = None, **more: Any
+    ) -> Attention:
         length = more.pop("length", self.sequence_length)
         keys = more.pop("keys", length)
-        return Attention(self.batch_size, heads, kv or heads, length, keys, self.attention, **more)
+        masked = self.padding or (window is not None and keys >= window)
+        return Attention(
+            self.batch_size, heads, kv or heads, length, keys, self.attention, masked=masked, **more
+        )
 
 
 def opened(tape: Tape, model: Any, x: Paper) -> Paper:

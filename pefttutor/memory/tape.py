@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from pefttutor.memory.layers import plain_rule, run_alone
+from pefttutor.memory.layers import plain_rule, run_alone, trains
 from pefttutor.memory.paper import FLOAT, INDEX, KINDS, Paper
 
 __all__ = ["Tape"]
@@ -38,6 +38,8 @@ class Tape:
     lean: bool = False
     kept: dict[Paper, str] = field(default_factory=dict)
     peaks: list[dict[Paper, str]] = field(default_factory=list)  # what one recomputed layer adds, for each
+    met: set[Any] = field(default_factory=set)  # parameters of the layers that were called
+    alone: dict[Any, tuple[Paper, list[Paper], Paper]] = field(default_factory=dict)  # see `run_alone`
 
     def save(self, paper: Paper, kind: str) -> None:
         if not (self.lean and paper.again):
@@ -47,11 +49,19 @@ class Tape:
 
     def call(self, layer: Any, x: Paper, kind: str) -> Paper:
         """One layer of a model, by the rule of its type; the method's own layers by the method's rule."""
+        self.met.update(layer.parameters())
         rule = plain_rule(layer)
         if rule is not None:
             return rule(self, layer, x, kind)
-        traced = self.method.trace(layer, x, self, kind) if hasattr(self.method, "trace") else None
-        return traced or run_alone(self, layer, x, kind)
+        return self._traced(layer, x, kind) or run_alone(self, layer, x, kind)
+
+    def _traced(self, layer: Any, x: Paper, kind: str) -> Paper | None:
+        return self.method.trace(layer, x, self, kind) if hasattr(self.method, "trace") else None
+
+    def trains(self, *parameters: Any) -> bool:
+        """Whether one of a module's bare parameters trains, in `module._parameters.values()` those of a method too."""
+        self.met.update(parameters)
+        return any(trains(parameter) for parameter in parameters)
 
     def linear(self, x: Paper, out: int, kind: str, *, weight: bool, bias: bool = False) -> Paper:
         """y = x Wᵀ + b; `weight` and `bias` say whether they train. Keeps x, as a view, where W does."""
@@ -103,16 +113,22 @@ class Tape:
     # ---- the loss
 
     def cross_entropy(self, logits: Paper) -> None:
-        """Keeps the log-softmax in float32, and the labels."""
+        """Keeps the log-softmax, and the labels."""
         if logits.grad:
-            self.save(logits.like(itemsize=max(logits.itemsize, FLOAT)), "logits and loss")
+            self.save(logits.like(), "logits and loss")
             self.save(logits.like(width=1, itemsize=INDEX), "logits and loss")
             self.save(logits.like(rows=1, width=1, itemsize=FLOAT), "logits and loss")
 
     # ---- checkpointing
 
     def block(self, forward: Callable[..., Paper], layer: nn.Module, x: Paper, **more: Any) -> Paper:
-        """One transformer layer; under checkpointing only its input is kept, and the rest made again for its turn."""
+        """One transformer layer; under checkpointing only its input is kept, and the rest made again for its turn.
+
+        A layer that carries parameters of its own has them from a method that changes its input: `trace` says how.
+        """
+        if layer._parameters and (changed := self._traced(layer, x, "layer inputs")):
+            self.met.update(layer._parameters.values())
+            x = changed
         if not getattr(layer, "gradient_checkpointing", False):
             return forward(self, layer, x, **more)
         inner = replace(self, kept={}, peaks=[])

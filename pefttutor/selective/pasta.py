@@ -31,7 +31,8 @@ class PASTA:
     authors count it as an addition, which it is.
 
     Cost: trains L · d · num_special values (`count`).
-    Raises: ValueError without special tokens or for a model without a list of blocks.
+    Raises: ValueError without special tokens, or for a model without a list of blocks or one that doesn't read one
+        text, as an encoder-decoder or a ViT.
     Source: Yang et al. 2022, arXiv:2211.08682 (Findings of EACL 2023), eq. 1 and 2.
     """
 
@@ -42,6 +43,9 @@ class PASTA:
     def __post_init__(self) -> None:
         if not isinstance(self.num_special, int) or self.num_special < 1:
             raise ValueError(f"num_special is {self.num_special!r}; it must be a whole number ≥ 1.")
+        ids = self.special_token_ids
+        if not isinstance(ids, Collection) or not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"special_token_ids is {ids!r}; expected whole numbers, such as (101, 102).")
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze `model`, add the vectors, and return it. Raises: RuntimeError if it is adapted already."""
@@ -51,7 +55,7 @@ class PASTA:
                 "special_token_ids is empty; expected such as (tokenizer.cls_token_id, tokenizer.sep_token_id)."
             )
         _, stack = blocks(model)
-        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        table = _token_table(model)
         whole = set(entries.candidates(model)) - set(entries.candidates(model, self.modules_to_save))
         base.freeze(model)
         for name, p in model.named_parameters():
@@ -67,12 +71,39 @@ class PASTA:
 
     def count(self, model: nn.Module) -> int:
         """L · d · num_special, without `modules_to_save`."""
-        return len(blocks(model)[1]) * model.get_input_embeddings().weight.shape[1] * self.num_special  # type: ignore[operator]
+        return len(blocks(model)[1]) * _token_table(model).shape[1] * self.num_special
+
+    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
+        """What a block gets in the place of x, for `pefttutor.memory`; None for any other layer.
+
+        It keeps which vector goes to which token, and requires a gradient from here on.
+        """
+        if "special" not in layer._parameters:
+            return None
+        tape.save(x.like(width=1, itemsize=8, grad=False), kind)
+        return x.like(grad=True)
+
+
+def _token_table(model: nn.Module) -> Tensor:
+    """The token embeddings of a model that reads one text. Shapes: → (vocabulary, d)."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"PASTA reads one text, and a {type(model).__name__} has two; take an encoder or a decoder alone."
+        )
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"PASTA adds to special tokens, and a {type(model).__name__} has none: its input goes into a "
+            f"{type(table).__name__}, not into token embeddings."
+        )
+    return table.weight
 
 
 def _note(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Where the special tokens of this batch are: number i + 1 at the i-th of a text, 0 elsewhere."""
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
+    if ids is None:
+        raise ValueError("PASTA finds the special tokens in input_ids; give these, not inputs_embeds.")
     special = torch.isin(ids, torch.tensor(vars(model)["_special_ids"], device=ids.device))
     number = special.cumsum(1) * special  # (batch, seq)
     for block in blocks(model)[1]:

@@ -12,13 +12,12 @@ ASSUMED: 880 tokens with fused attention. The length behind the published figure
 import time
 
 import pytest
-import torch
 import transformers as hf
 
 import pefttutor
 from pefttutor.memory import GIB, estimate, estimate_serving
+from tests.memory.models import mt0, t0_3b
 
-T5 = {"d_kv": 64, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 ASSUMED = {"sequence_length": 80, "target_length": 5}
 LOGITS_ASSUMED = 6
 SETTING = {"batch_size": 8, "attention": "eager"}
@@ -33,25 +32,6 @@ LISA_TARGETS = (
     "embed_tokens",
     "lm_head",
 )
-
-
-def untied(model_class, config):
-    """T5 1.1 and mT5 have an output head of their own; a config of transformers 5 can't say so, a model can."""
-    with torch.device("meta"):
-        model = model_class(config)
-        model.lm_head = torch.nn.Linear(config.d_model, config.vocab_size, bias=False)
-    return model
-
-
-def t0_3b():
-    config = hf.T5Config(vocab_size=32128, d_model=2048, d_ff=5120, num_layers=24, num_heads=32, **T5)
-    return untied(hf.T5ForConditionalGeneration, config)
-
-
-def mt0(**size):
-    return untied(
-        hf.MT5ForConditionalGeneration, hf.MT5Config(vocab_size=250112, num_layers=24, **size, **T5)
-    )
 
 
 def mt0_xxl():
@@ -119,46 +99,6 @@ def test_at_the_lisa_scripts_own_lengths_full_fits_and_lora_does_not():
     assert estimate(llama2_7b(), method, **setting).total / 1e9 == pytest.approx(21.60, abs=0.05)
 
 
-# ---- parameters: exact (methods.md 3.1, each with its source there)
-
-
-def r_times_sides(r, *sides):
-    return sum(r * sum(side) for side in sides)
-
-
-@pytest.mark.parametrize(
-    ("published", "formula"),
-    [
-        (45_088_768, 11_008 * 4_096),  # chapter: LLaMA2-7B, one feed-forward matrix
-        (60_416, r_times_sides(4, (11_008, 4_096))),  # … and its LoRA
-        (20_480, 5 * 4_096),  # Lester 2021: T5-XXL, prompt of 5
-        (4_718_592, 96 * r_times_sides(1, *2 * [(12_288, 12_288)])),  # LoRA: GPT-3 175B, q and v, r = 1
-        (37_748_736, 96 * r_times_sides(8, *2 * [(12_288, 12_288)])),  # … r = 8
-        (
-            102_912,
-            12 * (4 * 768 + 3_072 + 768 + 2 * 768) + 768 + 768,
-        ),  # BitFit: BERT-base, pooler with it
-        (272_384, 24 * (4 * 1_024 + 4_096 + 1_024 + 2 * 1_024) + 1_024 + 1_024),  # … BERT-large
-        (1_081_344, 24 * (2 * 4_096 + 10_240) + 24 * (4 * 4_096 + 10_240)),  # (IA)³ on T5-XXL
-        (245_760, 24 * 2 * 5 * 1_024),  # prefix of 5 on GPT-2 medium
-        (294_912, 12 * r_times_sides(8, *2 * [(768, 768)])),  # LoRA: RoBERTa-base
-    ],
-)
-def test_parameter_figures(published, formula):
-    assert formula == published
-
-
-def test_parameter_figures_of_what_is_built():
-    """By attaching, on models of the true size."""
-    assert (
-        estimate(hf.BertConfig(), lora("query", "value")).trained == 294_912
-    )  # RoBERTa-base has BERT's shapes
-    gpt3 = hf.GPT2Config(n_embd=12_288, n_layer=96, n_head=96, n_positions=2_048)
-    assert estimate(gpt3).values == pytest.approx(175e9, rel=0.005)
-    mt0_large = estimate(mt0(d_model=1024, d_ff=2816, num_heads=16), lora("q", "v"))
-    assert (mt0_large.values, mt0_large.trained) == (1_231_940_608, 2_359_296)
-
-
 # ---- others
 
 
@@ -185,8 +125,10 @@ def test_the_cache_of_llama2_7b_is_half_a_mebibyte_a_token():
     assert two.kv_cache - one.kv_cache == 3 * 2**19
 
 
-def test_a_7b_model_in_under_a_second_of_this_process():
-    estimate(llama2_7b(), lora("q_proj", "v_proj"))  # imports
+@pytest.mark.parametrize("method", [None, pefttutor.LoRA(r=8), pefttutor.DiffPruning()])
+def test_a_7b_model_in_under_a_second_of_this_process(method):
+    small = hf.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    estimate(small, method)  # imports
     before = time.process_time()
-    estimate(llama2_7b(), pefttutor.LoRA(r=8), weight_dtype="bfloat16")
+    estimate(llama2_7b(), method, weight_dtype="bfloat16")
     assert time.process_time() - before < 1

@@ -1,0 +1,87 @@
+"""The model without values that an estimate is about, and the bytes of what it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.memory.checks import QUANTIZATION, check_config, check_length, check_method, named_dtype
+from pefttutor.memory.meta import attached, on_meta, skeleton
+from pefttutor.method import adapted
+
+__all__ = ["added_buffers", "prepared", "weight_bytes"]
+
+
+def prepared(
+    model_or_config: Any, method: Any, length: int, *, weight_dtype: Any, adapter_dtype: Any
+) -> tuple[Any, set[Tensor]]:
+    """The model without values, the method attached, and the base's own parameters and buffers."""
+    check_method(method)
+    config = getattr(model_or_config, "config", model_or_config)
+    check_config(config)
+    if config.model_type != "vit":
+        check_length(config, length)
+    weight, adapter = named_dtype("weight_dtype", weight_dtype), named_dtype("adapter_dtype", adapter_dtype)
+    if isinstance(model_or_config, nn.Module):
+        model: Any = on_meta(model_or_config)
+    else:
+        model = skeleton(config, dtype=weight or torch.float32)
+    base = {*model.parameters(), *model.buffers()}
+    if adapted(model):
+        base -= set(added_buffers(model))
+        names = {
+            name for name, _ in skeleton(config, dtype=torch.float32, like=type(model)).named_parameters()
+        }
+        base -= {p for name, p in model.named_parameters() if p.requires_grad and name not in names}
+    if weight is not None:
+        _cast(base & set(model.parameters()), weight)
+    if method is not None:
+        model = attached(method, model)
+    if adapter is not None:
+        _cast(set(model.parameters()) - base, adapter)
+    return model, base
+
+
+def weight_bytes(model: Any, base: set[Tensor], quantization: str | None) -> dict[str, int]:
+    """Bytes of the base, of its quantised layers, and of what the method added, its buffers included."""
+    quantized = _quantized(model) if quantization else set()
+    added = sum(buffer.nbytes for buffer in model.buffers() if buffer not in base)
+    found = {"weights": 0, "quantized_weights": 0, "adapter_weights": added}
+    for parameter in model.parameters():
+        if parameter in quantized:
+            found["quantized_weights"] += round(parameter.numel() * QUANTIZATION[quantization or ""] / 8)
+        else:
+            found["weights" if parameter in base else "adapter_weights"] += parameter.nbytes
+    return found
+
+
+def _quantized(model: Any) -> set[nn.Parameter]:
+    """The weights of the frozen linear layers but the head."""
+    head = model.get_output_embeddings()
+    kinds = ("Linear", "Conv1D")  # and what a method made of them
+    linear = [m for m in model.modules() if any(kind.__name__ in kinds for kind in type(m).__mro__)]
+    weights = {m.weight for m in linear if m is not head}
+    if trained := [w for w in weights if w.requires_grad]:
+        raise ValueError(
+            f"quantization: {len(trained)} linear layers train, and a quantised weight can't; use a method that freezes"
+        )
+    return weights
+
+
+def _cast(parameters: set[Tensor], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def added_buffers(model: nn.Module) -> list[Tensor]:
+    """What an attached method holds beside parameters, such as the places of chosen entries."""
+    if adapted(model) is None:
+        return []
+    own: set[str] = set()
+    if hasattr(model, "_from_config"):  # else not of transformers: whose buffers these are isn't known
+        plain = skeleton(model.config, dtype=torch.float32, like=type(model))
+        own = {name for name, _ in plain.named_buffers()}
+    return [buffer for name, buffer in model.named_buffers() if name not in own]

@@ -1,0 +1,198 @@
+"""Methods against measurement: those that say nothing, those that do, and those that can't be followed."""
+
+import pytest
+import torch
+
+import pefttutor
+from pefttutor import memory
+from pefttutor.memory.measured import watch_saved
+from tests.memory.models import TARGET_LENGTH, batch_of, config_of, held, model_of
+
+
+class Bottleneck(torch.nn.Module):
+    """A layer that the estimator has never heard of."""
+
+    def __init__(self, layer):
+        super().__init__()
+        out, device = layer.weight.shape[0], layer.weight.device
+        self.layer = layer
+        self.down, self.up = torch.nn.Linear(out, 5, device=device), torch.nn.Linear(5, out, device=device)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y + self.up(torch.relu(self.down(y)))
+
+
+class Adapter:
+    """A method that states nothing about its memory."""
+
+    def attach(self, model):
+        pefttutor.freeze(model)
+        for layer in model.model.layers:
+            layer.mlp.down_proj = Bottleneck(layer.mlp.down_proj)
+        return model
+
+
+def test_a_method_that_states_nothing_is_counted_all_the_same():
+    model, method = model_of("llama"), Adapter()
+    estimated = memory.estimate(
+        model, method, batch_size=2, sequence_length=24, attention="eager", device="cpu"
+    )
+    method.attach(model)
+    with watch_saved(model.train()) as saved:
+        model(**batch_of("llama", 2, 24)).loss.backward()
+    trained = sum(pefttutor.trainable(model).values())
+    assert trained == 3 * (96 * 5 + 5 + 5 * 96 + 96)
+    assert estimated.trained == trained
+    assert estimated.adapter_weights == 4 * trained
+    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+class Half(Adapter):
+    """A method that keeps gradients and moments of some values only, and says so."""
+
+    def memory(self, model):
+        trained = sum(pefttutor.trainable(model).values())
+        return {"gradients": trained // 2, "optimizer": trained // 4}
+
+
+def test_a_method_can_state_that_it_keeps_fewer():
+    stated, plain = (memory.estimate(config_of("llama"), method) for method in (Half(), Adapter()))
+    assert stated.gradients == 4 * (plain.trained // 2)
+    assert stated.optimizer == 2 * 4 * (plain.trained // 4)
+    assert stated.weights == plain.weights
+
+
+@pytest.mark.parametrize("name", ["BitFit", "LastLayers", "LayerNormTuning", "LinearProbe"])
+def test_methods_that_train_whole_tensors_need_no_word_in_the_estimator(name):
+    model, method = model_of("bert"), getattr(pefttutor, name)()
+    estimated = memory.estimate(
+        model, method, batch_size=2, sequence_length=24, attention="eager", device="cpu"
+    )
+    method.attach(model)
+    with watch_saved(model.train()) as saved:
+        model(**batch_of("bert", 2, 24)).loss.backward()
+    assert estimated.trained == sum(pefttutor.trainable(model).values())
+    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+
+
+OPTIONS = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
+
+
+def chosen(model, share=0.3):
+    """Masks of a share of the entries of every tensor."""
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.rand(p.shape, generator=generator) < share for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit", "t5"])
+def test_the_places_of_chosen_entries_are_weights_and_not_activations(kind, dtype):
+    model = model_of(kind, dtype=dtype)
+    pefttutor.SparseFineTuning().attach(model, chosen(model))
+    batch = batch_of(kind, 2, 24, dtype)
+    estimated = memory.estimate(model, **OPTIONS, target_length=TARGET_LENGTH)
+    measured = memory.measure(lambda: model(**batch).loss.backward(), model=model.train())
+    rows = memory.compare(estimated, measured)
+    assert rows["weights"].ratio == 1
+    assert rows["activations"].ratio == pytest.approx(1, abs=0.05)
+    values = sum(pefttutor.trainable(model).values())
+    assert estimated.adapter_weights == values * (dtype.itemsize + 4)
+
+
+def test_what_a_method_holds_on_a_model_that_is_not_of_transformers():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    model.config = {"size": 4}
+    pefttutor.SparseFineTuning().attach(model, {"0.weight": torch.ones(3, 4, dtype=torch.bool)})
+    measured = memory.measure(lambda: model(torch.ones(1, 4)).sum().backward(), model=model)
+    assert measured.weights == 4 * (12 + 3) + 12 * (4 + 4)
+
+
+def test_phase_one_of_lt_sft_holds_a_second_copy_of_the_weights():
+    model, method = model_of("llama"), pefttutor.LTSFT()
+    estimated = memory.estimate(model, method, **OPTIONS)
+    assert estimated.adapter_weights == estimated.weights
+    method.attach(model)
+    assert memory.estimate(model, **OPTIONS) == estimated
+    batch = batch_of("llama", 2, 24)
+    measured = memory.measure(lambda: model(**batch).loss.backward(), model=model.train())
+    assert memory.compare(estimated, measured)["weights"].ratio == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "saved"), [("llama", ()), ("bert", ("classifier",)), ("gpt2", ())])
+def test_pasta_trains_from_the_first_block_on(kind, saved, checkpointing):
+    model = model_of(kind)
+    method = pefttutor.PASTA(special_token_ids=(3, 20), modules_to_save=saved)
+    estimated = memory.estimate(model, method, **OPTIONS, gradient_checkpointing=checkpointing)
+    method.attach(model)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": True})
+    measured = held(model, batch_of(kind, 2, 24))
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["BitFit", "DiffPruning"])
+def test_methods_that_reach_the_patches_of_a_picture(name):
+    model, method = model_of("vit"), getattr(pefttutor, name)()
+    estimated = memory.estimate(model, method, **OPTIONS)
+    method.attach(model)
+    assert sum(estimated.activations.values()) == pytest.approx(held(model, batch_of("vit", 2, 24)), rel=0.02)
+
+
+class Parallel(Adapter):
+    """An adapter beside a whole part of every block."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def attach(self, model):
+        pefttutor.freeze(model)
+        for i, layer in enumerate(model.model.layers):
+            if self.part == "block":
+                model.model.layers[i] = torch.nn.ModuleDict({"inner": layer})
+            else:
+                layer.mlp = torch.nn.ModuleDict({"inner": layer.mlp})
+        return model
+
+
+class Hidden(Adapter):
+    """An adapter that stands beside the layers, and is called by a hook."""
+
+    def attach(self, model):
+        pefttutor.freeze(model)
+        for layer in model.model.layers:
+            layer.extra = torch.nn.Linear(96, 96)
+            layer.mlp.register_forward_hook(
+                lambda mlp, args, output, layer=layer: output + layer.extra(output)
+            )
+        return model
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (Parallel("mlp"), "no attribute 'gate_proj'.*in the place of single layers.*memory.measure"),
+        (Parallel("block"), "no attribute 'self_attn'.*in the place of single layers.*memory.measure"),
+        (
+            Hidden(),
+            "'model.layers.0.extra.weight' trains, and the estimator met no layer that uses it.*measure",
+        ),
+    ],
+)
+def test_a_method_that_the_formulas_do_not_reach_is_refused(method, says):
+    with pytest.raises(ValueError, match=says):
+        memory.estimate(config_of("llama"), method)
+
+
+class FirstWeight(Adapter):
+    """A method that chooses by a value."""
+
+    def attach(self, model):
+        return super().attach(model) if model.get_input_embeddings().weight[0, 0] < 9 else model
+
+
+def test_a_method_that_looks_at_values_is_estimated_after_attaching():
+    with pytest.raises(ValueError, match=r"FirstWeight needs the model's values.*estimate\(method.attach"):
+        memory.estimate(config_of("llama"), FirstWeight())
