@@ -48,7 +48,8 @@ class Method(Protocol):
     loaded(model) -> None                     the saved values have been copied in
     trace(layer, x, tape, kind) -> Paper      what a layer that `attach` put in keeps for the backward pass, for
                                               `pefttutor.memory`; None for any other layer. Without it, such a layer
-                                              is run alone, without values
+                                              is run alone, without values. A block that `attach` gave parameters of
+                                              its own is asked about too, and its input is what is returned
     memory(model) -> dict                     {"gradients": n, "optimizer": n}: for how many values they are kept, where
                                               these aren't all that train
     """

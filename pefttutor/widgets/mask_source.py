@@ -19,15 +19,16 @@ def choices(source: Any, name: str = "mask") -> dict[str, dict[str, Tensor]]:
     """By a choice's name, booleans (true: trained) or scores (larger: chosen first) for each tensor.
 
     source: an adapted model; masks or scores by the name of a tensor; or several of these by a name of one's own.
+    Tensors that hold 0 and 1 alone are masks, whatever their type.
 
     Raises: ValueError for anything else, for choices that aren't over the same tensors, and for NaN.
     """
     if isinstance(source, nn.Module):
         from pefttutor.selective.entries import masks
 
-        found = {name: masks(source)}
+        found = {name: _of_the_base(masks(source))}
     elif isinstance(source, Mapping) and source and all(isinstance(v, Tensor) for v in source.values()):
-        found = {name: {key: value.detach().cpu() for key, value in source.items()}}
+        found = {name: _as_booleans({key: value.detach().cpu() for key, value in source.items()})}
     elif isinstance(source, Mapping) and source:
         found = {key: choices(value, key)[key] for key, value in source.items()}
     else:
@@ -43,6 +44,24 @@ def choices(source: Any, name: str = "mask") -> dict[str, dict[str, Tensor]]:
             if tensors[tensor_name].isnan().any():
                 raise ValueError(f"{key}: the scores of {tensor_name} hold NaN")
     return {key: {n: tensors[n] for n in common} for key, tensors in found.items()}
+
+
+def _of_the_base(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the tensors that a method puts beside a parameter to learn its mask, such as `weight_scores`."""
+    return {
+        name: mask
+        for name, mask in tensors.items()
+        if not any(name.startswith(f"{other}_") for other in tensors if other != name)
+    }
+
+
+def _as_booleans(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that are written as numbers, such as `(scores > limit).float()`, as booleans; scores as they are."""
+    if all(((t == 0) | (t == 1)).all() for t in tensors.values()):
+        return {key: value.bool() for key, value in tensors.items()}
+    return {
+        key: value if value.is_floating_point() else value.to(torch.float64) for key, value in tensors.items()
+    }
 
 
 def at_fraction(tensors: Tensors, fraction: float) -> dict[str, Tensor]:

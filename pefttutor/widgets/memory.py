@@ -31,7 +31,7 @@ class _Memory:
     """`widgets.memory.figure(model, method)` is the static picture, `widgets.memory()` the explorer."""
 
     def figure(
-        self, *, gpu: str = "A100", methods: Mapping[str, Any] | None = None, **setting: Any
+        self, *, gpu: str = "A100 80 GB", methods: Mapping[str, Any] | None = None, **setting: Any
     ) -> Picture:
         """One setting against the lines of GPUs. Arguments: as the explorer's controls.
 
@@ -42,13 +42,13 @@ class _Memory:
             return _draw(chosen, gpu, methods)
 
     def __call__(
-        self, *, gpu: str = "A100", methods: Mapping[str, Any] | None = None, **setting: Any
+        self, *, gpu: str = "A100 80 GB", methods: Mapping[str, Any] | None = None, **setting: Any
     ) -> Explorer:
         """Choose model, method, precision, batch, length, optimizer, attention and checkpointing; see if it fits.
 
             widgets.memory(model="Llama-2-7B", gpu="RTX 4090")
 
-        methods: {name: method}, None for full fine-tuning; without it, full fine-tuning and two sizes of LoRA.
+        methods: {name: method}, None for full fine-tuning; without it, full fine-tuning, LoRA and parts of the model.
         Everything else sets where a control starts. Estimates: nothing is allocated (`pefttutor.memory.estimate`).
 
         Raises: as `figure`.

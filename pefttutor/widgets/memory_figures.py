@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from pefttutor.memory import GIB, Breakdown
-from pefttutor.widgets.memory_settings import GPUS, RESERVE, Change, Setting
+from pefttutor.widgets.memory_settings import GPUS, RESERVE, Change, Setting, attention_of
 from pefttutor.widgets.style import GREY, OKABE_ITO, Picture
 
 __all__ = ["draw_memory"]
@@ -47,14 +47,16 @@ def draw_memory(
     fits = f"fits the {gpu} with {_short(spare)} GiB to spare"
     verdict = fits if spare >= 0 else f"{_short(-spare)} GiB too much for the {gpu}"
     aside = f"{capacity:.1f} GiB less {RESERVE} GiB set aside"
+    if (used := attention_of(setting)) != setting.attention:
+        aside += f"; {setting.model} has {used} attention only"
     alt = f"{setting.model}, {name}: {_short(total)} GiB, {verdict} ({aside})."
-    alt += f" Most of it: {_largest(chosen)}."
+    alt += f" In GiB: {_parts(chosen)}."
     if spare < 0:
         alt += " " + _summary(changes)
     picture = Picture(9.6, 5.4, alt=alt, layout=None)
     axes = picture.add_axes((0.075, 0.11, 0.46, 0.77))
     _draw_bars(axes, bars, capacity)
-    axes.set_title(f"{setting.model}: {verdict}\n({aside})")
+    axes.set_title(f"{setting.model}: {verdict}\n({aside})".replace("; ", ";\n"))
     table = picture.add_axes((0.58, 0.02, 0.41, 0.94))
     table.axis("off")
     _draw_table(table, chosen, changes, spare)
@@ -114,13 +116,15 @@ def _draw_table(axes: Axes, chosen: Breakdown, changes: Sequence[Change], spare:
     line("total", _short(chosen.total / GIB), fontweight="bold")
     trained = f"{chosen.trained / 1e6:,.1f} million"
     line(f"{chosen.values / 1e6:,.1f} million values, of which train", trained, fontsize=9)
+    enough = [gpu for gpu, gib in GPUS.items() if chosen.total / GIB + RESERVE <= gib]
+    line(f"fits: {', '.join(enough) or 'none of ' + ', '.join(GPUS)}", fontsize=9)
     if spare >= 0:
         return
     y -= 0.6 * step
     line("What to change", "then GiB", fontweight="bold")
     for change in _shown(changes):
         look: dict[str, Any] = {"color": "#00664B" if change.fits else "#444444", "fontsize": 9}
-        first, *rest = wrap(_cut(change.words), MOST_LETTERS)
+        first, *rest = wrap(change.words, MOST_LETTERS)
         line(("✓ " if change.fits else "   ") + first, _short(change.total / GIB), **look)
         for words in rest:
             line("   " + words, **look)
@@ -146,9 +150,12 @@ def _summary(changes: Sequence[Change]) -> str:
     return f"To make it fit: {' or '.join(enough[:2])}." if enough else "No change here is enough."
 
 
-def _largest(chosen: Breakdown) -> str:
-    part, size = max(chosen.as_dict().items(), key=lambda entry: entry[1])
-    return f"{part} with {_short(size / GIB)} GiB"
+def _parts(chosen: Breakdown) -> str:
+    """The table in words, the largest part first, for who can't see it."""
+    sizes = {part: size for part, size in chosen.as_dict().items() if not part.startswith("activations")}
+    sizes["activations"] = sum(chosen.activations.values())
+    order = sorted((part for part in sizes if sizes[part]), key=lambda part: -sizes[part])
+    return ", ".join(f"{part} {_short(sizes[part] / GIB)}" for part in order)
 
 
 def _tiny(part: str, size: int) -> bool:
@@ -164,7 +171,3 @@ def _short(gib: float) -> str:
 def _wrapped(name: str) -> str:
     head, on, tail = name.partition(" on ")
     return f"{head}\non {tail}" if on else name
-
-
-def _cut(words: str, most: int = 2 * MOST_LETTERS - 10) -> str:
-    return words if len(words) <= most else "…" + words[-most + 1 :]

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from pefttutor.lowrank import LoRA
 from pefttutor.memory import GIB, Breakdown, estimate
+from pefttutor.selective import LastLayers, LayerNormTuning, PaFi
 
-__all__ = ["GPUS", "METHODS", "MODELS", "PRECISIONS", "Change", "Setting", "advice", "needs"]
+__all__ = [
+    "GPUS",
+    "METHODS",
+    "MODELS",
+    "PRECISIONS",
+    "Change",
+    "Setting",
+    "advice",
+    "attention_of",
+    "needs",
+]
 
 # GiB that PyTorch finds, as its out-of-memory messages say: less than the 16 GB, 24 GB and 80 GB on the box.
-GPUS = {"T4": 14.6, "RTX 4090": 23.6, "A100": 79.1, "H100": 79.1}
+GPUS = {"T4": 14.6, "RTX 4090": 23.6, "A100 80 GB": 79.1, "H100": 79.1}
 RESERVE = 1  # GiB that a CUDA context and fragmentation take: an assumption, not a measurement
 
 
@@ -69,6 +80,9 @@ METHODS: dict[str, Any] = {
     "full fine-tuning": None,
     "LoRA r = 8 on query and value": LoRA(r=8, target_modules=_QUERY_VALUE),
     "LoRA r = 64 on every linear layer": LoRA(r=64, target_modules=_EVERY),
+    "the norms alone": LayerNormTuning(),
+    "the last quarter of the layers": LastLayers(),
+    "1 % of the entries, the smallest": PaFi(fraction=0.01),
 }
 
 _HALF = {"weight_dtype": "bfloat16"}
@@ -98,20 +112,31 @@ class Setting:
 
 def needs(setting: Setting, methods: Mapping[str, Any]) -> Breakdown:
     """`memory.estimate` of a setting; what was computed once is kept. Raises: ValueError as `estimate` does."""
-    return _needs(setting, methods[setting.method])
+    return _needs(setting, _Named(repr(methods[setting.method]), methods[setting.method]))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A method that can be looked up, though its lists can't."""
+
+    words: str
+    method: Any = field(compare=False)
+
+
+def attention_of(setting: Setting) -> str:
+    """The attention that is computed: transformers has one way only for BLOOM's."""
+    return "eager" if setting.model.startswith("BLOOM") else setting.attention
 
 
 @lru_cache(maxsize=512)
-def _needs(setting: Setting, method: Any) -> Breakdown:
-    config = MODELS[setting.model]()
-    fused = setting.attention if config.model_type != "bloom" else "eager"
+def _needs(setting: Setting, named: _Named) -> Breakdown:
     return estimate(
-        config,
-        method,
+        MODELS[setting.model](),
+        named.method,
         batch_size=setting.batch_size,
         sequence_length=setting.length,
         optimizer=setting.optimizer,
-        attention=fused,
+        attention=attention_of(setting),
         gradient_checkpointing=setting.checkpointing,
         **PRECISIONS[setting.precision],
     )

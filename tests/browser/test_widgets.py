@@ -137,7 +137,11 @@ def test_masks_follow_the_choice_of_method_tensor_and_fraction(lab):
     assert "drawn chooses 0.10% of all entries" in caption(page).text_content()
     before = picture(page)
     method, _, tensor, fraction = page.locator(".widget-dropdown select").all()
-    fraction.select_option("0.3")
+    fraction.focus()
+    # A list is opened with Alt and the arrow: without Alt, up and down belong to JupyterLab's cells.
+    for key in ("Alt+ArrowDown", *4 * ["ArrowDown"], "Enter"):  # 0.001, 0.005, 0.02, 0.1, 0.3
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
     shows(page, "drawn chooses 30.00% of all entries")
     more = picture(page)
     assert more[2] != before[2]
@@ -146,5 +150,9 @@ def test_masks_follow_the_choice_of_method_tensor_and_fraction(lab):
     method.select_option("mine")
     shows(page, "mine chooses")
     assert picture(page)[2] != more[2]
-    opened.shot("masks")
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        opened.switch_to(theme)
+        for selector in ("[role=status]", ".widget-label"):
+            assert opened.contrast(f".jp-OutputArea-output {selector}") >= 4.5, (theme, selector)
+        opened.shot(f"masks-{theme.split()[1].lower()}")
     assert opened.problems() == []

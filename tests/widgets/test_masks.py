@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import BitFit, PaFi, SparseFineTuning, widgets
+from pefttutor import BitFit, Masking, PaFi, SparseFineTuning, widgets
 from pefttutor.widgets import Explorer, Picture, style
 from pefttutor.widgets.mask_figures import CELLS, shrunk
 from pefttutor.widgets.mask_source import at_fraction, choices, kind_of, layer_of, overlap, share
@@ -51,6 +51,27 @@ def test_the_overview_counts_by_block_and_kind_and_shows_overlaps():
     grid = numpy.asarray(matrix.images[0].get_array())
     assert grid[0, 1] == grid[1, 0] == pytest.approx(shared)
     assert f"{shared:.0%} (one, two)" in picture.alt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64])
+def test_a_mask_of_zeros_and_ones_is_a_mask_whatever_its_type(dtype):
+    one = drawn(0.1, 1)
+    written = {name: mask.to(dtype) for name, mask in one.items()}
+    found = at_fraction(choices(written)["mask"], 0.005)
+    assert all(torch.equal(found[name], mask) for name, mask in one.items())
+    assert "fraction" not in widgets.masks(written).values
+    assert widgets.masks.figure(written).alt == widgets.masks.figure(one).alt
+
+
+def test_whole_numbers_that_are_scores_are_ranked():
+    ranks = {"w": torch.arange(200).view(10, 20)}
+    found = at_fraction(choices(ranks)["mask"], 0.05)["w"]
+    assert torch.equal(found, ranks["w"] >= 190)
+
+
+def test_what_a_method_learns_beside_a_weight_is_no_tensor_of_the_base():
+    model = Masking(target_modules=("q_proj",), modules_to_save=("lm_head",)).attach(llama())
+    assert set(choices(model)["mask"]) == {name for name, _ in llama().named_parameters()}
 
 
 @pytest.mark.parametrize("method", [BitFit(), PaFi(fraction=0.05)])

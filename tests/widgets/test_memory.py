@@ -12,7 +12,7 @@ from pefttutor.widgets import memory_settings
 from pefttutor.widgets.memory_figures import COLOURS
 from pefttutor.widgets.memory_settings import GPUS, METHODS, MODELS, PRECISIONS, Setting, advice, needs
 
-FULL, QUERY_VALUE, EVERY = METHODS
+FULL, QUERY_VALUE, EVERY, *_ = METHODS
 START = {"model": "GPT-2", "length": 128, "gpu": "T4"}
 
 # Numbers that the models' cards state, or their checkpoints hold.
@@ -75,7 +75,7 @@ def test_the_bars_are_the_estimate_of_what_the_controls_say():
 def test_every_control_changes_the_picture_or_the_verdict():
     explorer = widgets.memory(**START)
     moves = {"model": "BERT-large", "method": EVERY, "precision": "float32", "batch_size": 8, "length": 256}
-    moves |= {"optimizer": "sgd", "attention": "eager", "checkpointing": True, "gpu": "A100"}
+    moves |= {"optimizer": "sgd", "attention": "eager", "checkpointing": True, "gpu": "A100 80 GB"}
     assert set(moves) == set(explorer.controls)
     for name, value in moves.items():
         before = explorer.png
@@ -85,18 +85,18 @@ def test_every_control_changes_the_picture_or_the_verdict():
 
 
 def test_the_lines_are_the_gpus_and_their_names_never_overlap():
-    figure = widgets.memory.figure(model="Llama-2-7B", method=FULL, gpu="A100")
+    figure = widgets.memory.figure(model="Llama-2-7B", method=FULL, gpu="A100 80 GB")
     lines = sorted({line.get_ydata()[0] for line in figure.axes[0].lines})
     assert lines == sorted(set(GPUS.values())) == [14.6, 23.6, 79.1]
-    assert "A100, H100: 79.1 GiB" in [text.get_text() for text in figure.axes[0].texts]
+    assert "A100 80 GB, H100: 79.1 GiB" in [text.get_text() for text in figure.axes[0].texts]
     crowded = widgets.memory.figure(model="Llama-2-70B", method=FULL, gpu="T4")
     named = [text.get_text() for text in crowded.axes[0].texts if ":" in text.get_text()]
-    assert named == ["T4: 14.6 GiB", "A100, H100: 79.1 GiB"]
+    assert named == ["T4: 14.6 GiB", "A100 80 GB, H100: 79.1 GiB"]
     assert len(crowded.axes[0].lines) == len(named)  # no line without a name
 
 
 @pytest.mark.parametrize(
-    ("gpu", "shown"), [("T4", [14.6]), ("RTX 4090", [14.6, 23.6]), ("A100", [14.6, 23.6, 79.1])]
+    ("gpu", "shown"), [("T4", [14.6]), ("RTX 4090", [14.6, 23.6]), ("A100 80 GB", [14.6, 23.6, 79.1])]
 )
 def test_a_gpu_far_above_the_bars_does_not_press_them_flat(gpu, shown):
     small = widgets.memory.figure(model="GPT-2", method=FULL, gpu=gpu)
@@ -219,3 +219,33 @@ def test_a_setting_is_estimated_once(monkeypatch):
     seen = len(calls)
     explorer.controls["length"].value = 128
     assert len(calls) == seen
+
+
+def test_what_is_computed_is_said_where_a_model_has_one_attention_only():
+    figure = widgets.memory.figure(model="BLOOM-7B1", attention="sdpa")
+    assert "BLOOM-7B1 has eager attention only" in figure.alt
+    assert "attention only" not in widgets.memory.figure(model="Llama-2-7B", attention="sdpa").alt
+
+
+def test_the_numbers_are_in_the_caption_for_who_cannot_see_the_picture():
+    found = needs(Setting(model="GPT-2", method=FULL), METHODS)
+    alt = widgets.memory.figure(model="GPT-2", method=FULL).alt
+    for part in ("weights", "gradients", "optimizer"):
+        assert f"{part} {getattr(found, part) / GIB:.2f}" in alt
+    assert f"activations {sum(found.activations.values()) / GIB:.2f}" in alt
+
+
+def test_a_method_of_ones_own_may_hold_lists():
+    own = {"biases": pefttutor.BitFit(modules_to_save=["lm_head"])}
+    assert "biases" in widgets.memory.figure(model="GPT-2", methods=own).alt
+
+
+def test_the_longest_advice_is_written_out():
+    setting = {"method": EVERY, "length": 4096, "batch_size": 4, "attention": "eager", "gpu": "T4"}
+    setting |= {"model": "Llama-2-7B", "precision": "bfloat16, Adam and master copy in float32"}
+    shown = " ".join(word.strip(" ✓") for word in words(widgets.memory.figure(**setting)))
+    last = advice(Setting(**{k: v for k, v in setting.items() if k != "gpu"}), METHODS, GPUS["T4"])[-1]
+    assert last.words.split(" + ")[0] == "fused attention"
+    for part in last.words.split(" + "):
+        assert part.split()[0] in shown
+    assert "fused attention + bfloat16" in shown
