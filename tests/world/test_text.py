@@ -140,6 +140,16 @@ def test_paraphrases_tell_one_event_and_the_others_differ():
         assert [a == b for a, b in zip(first, second, strict=True)] == [True, True, False, False, False]
 
 
+def test_no_material_gives_a_paraphrase_away():
+    """The other event's adjective is drawn from all of them: from the colours alone, a material would mean `same`."""
+    rng = random.Random(9)
+    share = {}
+    for same in (False, True):
+        seconds = [reasoning.paraphrase(rng, same, strict=True)[1] for _ in range(1000)]
+        share[same] = sum(not set(lx.MATERIALS).isdisjoint(text.split()) for text in seconds) / 1000
+    assert abs(share[True] - share[False]) < 0.08
+
+
 def test_questions_are_answered_in_the_passage():
     rng = random.Random(9)
     for _ in range(200):
