@@ -87,7 +87,7 @@ def _change(rng: random.Random, e: Event, *details: str, adjectives: list[str] =
 def paraphrase(rng: random.Random, same: bool, *, strict: bool = False) -> tuple[str, str]:
     """Two sentences on one event (`same`) or on two: those differ in a single detail, or, if `strict`, in thing, colour and place.
 
-    To find a single detail is more than nano learns from a thousand examples: 51 % after eight epochs.
+    A thing alone that differs is more than nano finds in a thousand examples: 51 % after eight epochs.
     """
     e = event(rng, _TRANSFERS if strict else _VERBS)
     first = _say(rng, e)

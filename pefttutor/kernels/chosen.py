@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["read", "selected", "write"]
+__all__ = ["read", "selected", "sorted_places", "write"]
 
 
 def _scatters_by_int32() -> bool:
@@ -24,6 +24,17 @@ def _scatters_by_int32() -> bool:
 
 
 _SHORT = _scatters_by_int32()
+
+
+def sorted_places(index: Tensor, tensor: Tensor) -> Tensor:
+    """The places in rising order, that of memory. Raises: ValueError unless they are the tensor's, each once."""
+    index = index.sort().values
+    if len(index) and (index[0] < 0 or index[-1] >= tensor.numel() or (index[1:] == index[:-1]).any()):
+        raise ValueError(
+            f"an index reaches from {int(index[0])} to {int(index[-1])}, expected places 0 … {tensor.numel() - 1} "
+            f"of a tensor {tuple(tensor.shape)}, each once"
+        )
+    return index
 
 
 def read(tensor: Tensor, index: Tensor) -> Tensor:

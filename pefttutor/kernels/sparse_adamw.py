@@ -4,13 +4,14 @@
 
 A mask multiplied onto a dense gradient doesn't do this. Momentum moves entries that were chosen once, weight decay
 moves all of them, and gradient and state stay as large as the model. Here the k chosen entries of a tensor are a
-vector of their own, and torch's optimizer sees only that vector. Why it is fast and lean:
+vector of their own, and torch's optimizer sees only that vector. Why it is lean:
 
 - gradient, both moments and the update have k entries, whatever the size of the tensor;
-- gathering and scattering read and write k places; an entry that isn't chosen is not even read;
+- gathering and scattering read and write k places (see `chosen` for what an index is);
 - `selected` lets autograd deliver the k gradients; a dense one exists for one tensor at a time, in its backward.
 
-An `index` holds the flat places of the chosen entries, each once, as int32 or int64: 4 or 8 bytes an entry.
+Time is another matter: gathering and scattering run on one thread and jump through memory. On two quiet cores a step at
+p = .3, .1, .005 took 1.20, .90 and .27 of torch's fused AdamW with a masked gradient (`python -m pefttutor.bench`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.kernels.chosen import read, selected, write
+from pefttutor.kernels.chosen import read, selected, sorted_places, write
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]
 
@@ -99,13 +100,7 @@ def _checked(pair: Any) -> tuple[Tensor, Tensor]:
         )
     if not weight.is_contiguous():
         raise ValueError(f"a tensor {tuple(weight.shape)} isn't contiguous; call contiguous() first")
-    index = index.sort().values
-    if len(index) and (index[0] < 0 or index[-1] >= weight.numel() or (index[1:] == index[:-1]).any()):
-        raise ValueError(
-            f"an index reaches from {int(index[0])} to {int(index[-1])}, expected places 0 … {weight.numel() - 1} "
-            f"of a tensor {tuple(weight.shape)}, each once"
-        )
-    return weight, index
+    return weight, sorted_places(index, weight)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

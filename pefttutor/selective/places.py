@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pefttutor.kernels.chosen import sorted_places
+
 __all__ = ["places"]
 
 
@@ -47,10 +49,10 @@ def _checked(weight: Tensor, name: str, index: Tensor) -> Tensor:
     index = index.to(weight.device)
     if weight.is_meta:
         return index
-    index = index.sort().values
-    if len(index) and (index[0] < 0 or index[-1] >= weight.numel() or (index[1:] == index[:-1]).any()):
+    try:
+        return sorted_places(index, weight)
+    except ValueError as error:
         raise ValueError(
-            f"the places given for {name!r} aren't some of its {weight.numel()} entries, each once. "
+            f"the places given for {name!r} aren't some of its {weight.numel()} entries: {error}. "
             "Whole numbers are places; a mask of 0 and 1 is written mask.bool()."
-        )
-    return index
+        ) from None

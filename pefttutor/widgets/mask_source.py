@@ -68,10 +68,9 @@ def at_fraction(tensors: Tensors, fraction: float) -> dict[str, Tensor]:
     """Masks as they are; of scores, the largest `fraction` over all tensors together."""
     if all(t.dtype == torch.bool for t in tensors.values()):
         return dict(tensors)
-    from pefttutor.selective.entries import largest
+    from pefttutor.selective.entries import largest_share
 
-    size = sum(t.numel() for t in tensors.values())
-    return largest(tensors, max(1, int(fraction * size)))
+    return largest_share(tensors, fraction)
 
 
 def layer_of(names: Any) -> dict[str, str]:
