@@ -13,13 +13,14 @@ autograd only gives the sum. Why this is fast, against a backward pass a sample:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels import per_sample
 from pefttutor.kernels.layer_calls import Call, known_parameters, training, watched
+from pefttutor.kernels.threads import share
 
 __all__ = [
     "add_squared_gradients",
@@ -28,6 +29,8 @@ __all__ = [
     "squared_gradients",
     "squared_gradients_reference",
 ]
+
+CACHED = 1 << 21  # bytes of a gradient that one thread makes at a time: 1 to 4 MiB were fastest
 
 
 def squared_gradients_reference(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -46,7 +49,6 @@ def squared_gradients(
     *,
     samples: int,
     max_bytes: int = 1 << 26,
-    check: bool = True,
 ) -> dict[str, Tensor]:
     """Σ_s (∂ℓ_s/∂θ)², the same as `squared_gradients_reference`, in one pass.
 
@@ -58,9 +60,10 @@ def squared_gradients(
     biases and weights tied between them. Any other parameter that ℓ depends on is left to the reference: right, but
     a backward pass a sample. So is a weight that ℓ also reaches without a call of its layer (`h @ emb.weight.T`).
 
-    check: prove, by a backward pass of the first sample alone, that a layer's rows are the samples; a layer where
-        they aren't (T5's position bias, in a batch as large as its texts are long) is left to the reference too.
-    max_bytes: of the one gradient that exists at a time; a larger weight is taken some rows at a time. Beside it
+    That a layer's rows are the samples is proved, by a backward pass of the first sample alone; a layer where they
+    aren't (T5's position bias, in a batch as large as its texts are long) is left to the reference too.
+
+    max_bytes: of the gradients that exist at a time; a larger weight is taken some rows at a time. Beside them
         nothing is as large as the weights, except what is left to the reference.
 
     Shapes: ℓ (B) or (C, B) → by name, each parameter's shape, in float32 (float64 for float64).
@@ -70,7 +73,7 @@ def squared_gradients(
     Source: chapter eq. 4.8 and 4.9; Sung et al. 2021, arXiv:2111.09839, eq. 3 and 4.
     """
     total = no_squares(module)
-    add_squared_gradients(module, forward, total, samples=samples, max_bytes=max_bytes, check=check)
+    add_squared_gradients(module, forward, total, samples=samples, max_bytes=max_bytes)
     check_finite(total)
     return total
 
@@ -100,11 +103,13 @@ def add_squared_gradients(
     *,
     samples: int,
     max_bytes: int = 1 << 26,
-    check: bool = True,
-) -> bool:
+    trusted: Set[nn.Module] = frozenset(),
+) -> set[nn.Module]:
     """Add `squared_gradients` of one batch to `total`, in place and without `check_finite`.
 
-    Returns whether all rows were samples: if so, batches of the same shapes need no other check.
+    Returns the layers whose rows are the samples, in every call: the next batch may trust them. Best found out with
+    two samples, which costs least, and hardly anything else comes in twos. What has two dimensions isn't trusted: it
+    can be tokens, as many as there are samples by chance (those that an expert of a mixture gets).
     """
     parameters = _trained(module)
     known = known_parameters(module, parameters.values())
@@ -113,9 +118,9 @@ def add_squared_gradients(
     _check_values(values, samples)
     left = (set(parameters.values()) - known) | _reached(values, known)
     right = [call for call in calls if call.by_sample] if values.requires_grad else []
-    claimed = len(right)
-    if check and right:
-        right = [call for call, good in zip(right, _separate(values, right), strict=True) if good]
+    unproved = [call for call in right if call.layer not in trusted or call.output.dim() < 3]
+    wrong = _mixed(values, unproved) if unproved else []
+    right = [call for call in right if call not in wrong]
     left |= {p for call in calls if call not in right for p in call.layer._parameters.values() if p in known}
     where = {
         name: [(call, key) for call in right for key, own in call.layer._parameters.items() if own is p]
@@ -127,31 +132,44 @@ def add_squared_gradients(
             row.sum(), [c.output for c in right], retain_graph=True, allow_unused=True
         )
         deltas = dict(zip(right, grads, strict=True))
-        for name, uses in where.items():
-            _add(uses, deltas, total[name], samples, max_bytes)
+        _add_squares({name: _uses(own, deltas, samples) for name, own in where.items()}, total, max_bytes)
     if left:
         with training(parameters.values(), left):
             _add_one_by_one(forward, {name: p for name, p in parameters.items() if p in left}, total)
-    return len(right) == claimed
+    return {call.layer for call in right} - {call.layer for call in calls if call not in right}
 
 
-def _add(
-    uses: list[tuple[Call, str]],
-    deltas: Mapping[Call, Tensor | None],
-    into: Tensor,
-    samples: int,
-    max_bytes: int,
-) -> None:
+def _uses(
+    calls: list[tuple[Call, str]], deltas: Mapping[Call, Tensor | None], samples: int
+) -> list[per_sample.Use]:
+    """What went into the calls of a parameter's layers and what came back."""
     found = []
-    for call, name in uses:
-        delta, kind = deltas[call], per_sample.kind_of(call.layer)
+    for call, name in calls:
+        delta = deltas[call]
         if delta is None:
             continue  # the value doesn't depend on this call
-        a = call.input.reshape(samples, -1) if kind == "embedding" else _3d(call.input)
-        a = per_sample.scaled_input(call.layer, a) if kind == "norm" else a
+        if per_sample.kind_of(call.layer) == "embedding":
+            a = call.input.reshape(samples, -1)
+        else:
+            a = _3d(call.input).to(delta.dtype)  # what autocast has a Linear compute in
         found.append((call.layer, name, a, _3d(delta)))
-    if found and not (len(found) == 1 and per_sample.own_squares(*found[0], into)):
-        per_sample.squares(found, into, samples=samples, max_bytes=max_bytes)
+    return found
+
+
+def _add_squares(
+    uses: Mapping[str, list[per_sample.Use]], total: Mapping[str, Tensor], max_bytes: int
+) -> None:
+    """Add each parameter's squared gradients; the CPU's threads share the work, in parts that fit into its cache."""
+    device = next(iter(total.values())).device
+    if device.type == "cpu":
+        max_bytes = min(max_bytes // torch.get_num_threads(), CACHED)
+    pieces = [
+        piece
+        for name, own in uses.items()
+        if own
+        for piece in per_sample.squares(own, total[name], max_bytes=max_bytes)
+    ]
+    share(lambda piece: piece(), pieces, device)
 
 
 @torch.enable_grad()
@@ -191,11 +209,11 @@ def _reached(values: Tensor, known: set[Tensor]) -> set[Tensor]:
     return {p for p, grad in zip(wanted, grads, strict=True) if grad is not None}
 
 
-def _separate(values: Tensor, calls: list[Call]) -> list[bool]:
-    """Whether the first sample's value depends on the first row of each output only."""
+def _mixed(values: Tensor, calls: list[Call]) -> list[Call]:
+    """The calls of which the first sample's value depends on another row of the output than the first."""
     first = values.reshape(-1, values.shape[-1])[:, 0].sum()
     grads = torch.autograd.grad(first, [c.output for c in calls], retain_graph=True, allow_unused=True)
-    return [grad is None or not grad[1:].any() for grad in grads]
+    return [call for call, grad in zip(calls, grads, strict=True) if grad is not None and grad[1:].any()]
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

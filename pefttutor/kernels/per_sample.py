@@ -14,12 +14,17 @@ they are made one after the other, and of a large parameter some rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
-__all__ = ["kind_of", "knows", "own_squares", "rows", "scaled_input", "squares", "vectors"]
+__all__ = ["Use", "kind_of", "knows", "scaled_input", "squares", "vectors"]
+
+Use = tuple[nn.Module, str, Tensor, Tensor]  # a layer, its parameter's name, a (B, T, in) and δ (B, T, out)
 
 
 def kind_of(layer: nn.Module) -> str | None:
@@ -44,67 +49,84 @@ def knows(layer: nn.Module) -> bool:
 
 def vectors(layer: nn.Module, name: str, a: Tensor, delta: Tensor) -> Tensor:
     """All samples' gradients of a bias or of a norm's weight. Shapes: (B, T, in), (B, T, out) → (B, out)."""
-    return delta.sum(1) if name == "bias" else (delta * a).sum(1)
+    return delta.sum(1) if name == "bias" else (delta * scaled_input(layer, a)).sum(1)
 
 
-def rows(layer: nn.Module, a: Tensor, delta: Tensor, first: int, into: Tensor, *, keep: bool = False) -> None:
-    """One sample's gradient of rows first, first + 1, … of the layer's weight matrix, as many as `into` has.
-
-    Overwrites `into`, or adds to it (keep). Shapes: a (T, in), for an embedding ids (T); delta (T, out);
-    into (rows, …).
-    """
-    kind, last = kind_of(layer), first + len(into)
-    if kind == "linear":
-        into.addmm_(delta[:, first:last].t(), a, beta=int(keep))  # (rows, in)
-    elif kind == "conv1d":
-        into.addmm_(a[:, first:last].t(), delta, beta=int(keep))  # (rows, out)
-    else:
-        wanted = (a >= first) & (a < last) & _counts(layer, a)  # (T)
-        (into if keep else into.zero_()).index_add_(0, a[wanted] - first, delta[wanted])
-
-
-def squares(
-    uses: list[tuple[nn.Module, str, Tensor, Tensor]], into: Tensor, *, samples: int, max_bytes: int
-) -> None:
-    """Add Σ_s G[s]² to `into`, where G[s] is the sum over all uses of one parameter (a tied weight has several)."""
+def squares(uses: list[Use], into: Tensor, *, max_bytes: int) -> Iterator[Callable[[], None]]:
+    """Pieces of work that add Σ_s G[s]² to `into`, where G[s] is the sum over all uses of one parameter (a tied
+    weight has several). They may be done in any order and at once; each needs up to `max_bytes` for a gradient."""
     if into.dim() == 1:
-        gradients = torch.stack([vectors(*use) for use in uses]).sum(0)  # (B, out)
-        into += gradients.to(into.dtype).square_().sum(0)
-        return
-    delta = uses[0][3]
-    step = max(1, max_bytes // (into.shape[1] * delta.element_size()))
-    buffer = delta.new_empty(
-        min(step, len(into)), into.shape[1]
-    )  # one for all samples: it stays in the cache
-    for first in range(0, len(into), step):
-        part = into[first : first + step]
-        for s in range(samples):
-            gradient = buffer[: len(part)]
-            for i, (layer, _, a, delta) in enumerate(uses):
-                rows(layer, a[s], delta[s], first, gradient, keep=i > 0)
-            gradient = gradient.to(part.dtype)
-            part.addcmul_(gradient, gradient)
+        yield partial(_add_vectors, uses, into)
+    elif len(uses) == 1 and kind_of(uses[0][0]) == "embedding":
+        yield partial(_add_occurring, *uses[0], into)
+    else:
+        step = max(1, max_bytes // (into.shape[1] * uses[0][3].element_size()))
+        for first in range(0, len(into), step):
+            yield partial(_add_rows, uses, first, into[first : first + step])
 
 
-def own_squares(layer: nn.Module, name: str, a: Tensor, delta: Tensor, into: Tensor) -> bool:
-    """Shorter ways for a parameter with a single use, where there is one; returns whether there was.
+def _add_vectors(uses: list[Use], into: Tensor) -> None:
+    gradients = torch.stack([vectors(*use) for use in uses]).sum(0)  # (B, out)
+    into += gradients.to(into.dtype).square_().sum(0)
 
-    One token a sample: G² = δ²ᵀ a², a product of two matrices. An embedding: only the rows that occur.
-    """
-    kind = kind_of(layer)
-    if name == "weight" and kind in ("linear", "conv1d") and a.shape[1] == 1:
-        a, delta = (x[:, 0].to(into.dtype).square() for x in (a, delta))
-        into.addmm_(*(delta.t(), a) if kind == "linear" else (a.t(), delta))
-        return True
-    if kind != "embedding":
-        return False
-    sample, position = _counts(layer, a).nonzero(as_tuple=True)
-    ids = a[sample, position]
-    pairs, which = torch.unique(sample * len(into) + ids, return_inverse=True)  # (sample, row) that occur
+
+def _add_occurring(layer: nn.Module, name: str, ids: Tensor, delta: Tensor, into: Tensor) -> None:
+    """An embedding: only the rows that occur."""
+    sample, position = _counts(layer, ids).nonzero(as_tuple=True)
+    wanted = ids[sample, position]
+    pairs, which = torch.unique(sample * len(into) + wanted, return_inverse=True)  # (sample, row) that occur
     summed = into.new_zeros(len(pairs), into.shape[1])
     summed.index_add_(0, which, delta[sample, position].to(into.dtype))
     into.index_add_(0, pairs % len(into), summed.square())
-    return True
+
+
+def _add_rows(uses: list[Use], first: int, into: Tensor) -> None:
+    """Rows first, first + 1, … of a weight, as many as `into` has."""
+    factors = [_factors(layer, a, delta, first, first + len(into)) for layer, _, a, delta in uses]
+    left, right = factors[0]
+    if len(uses) == 1 and right.shape[1] == 1:  # one token a sample: G² is a product of two matrices as well
+        into.addmm_(*(x.to(into.dtype).square() for x in (left[:, :, 0].t(), right[:, 0])))
+        return
+    gradient = right.new_empty(into.shape)  # one for all samples: it stays in the cache
+    for of_sample in zip(*(zip(*map(torch.unbind, pair), strict=True) for pair in factors), strict=True):
+        for i, (left, right) in enumerate(of_sample):
+            if left.dim() == 2:
+                gradient.addmm_(left, right, beta=min(i, 1))
+            else:
+                (gradient if i else gradient.zero_()).index_add_(0, left[left >= 0], right[left >= 0])
+        exact = gradient.to(into.dtype)
+        into.addcmul_(exact, exact)
+
+
+def _factors(layer: Any, a: Tensor, delta: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Of each sample's gradient, rows first … last − 1: it is left @ right, and for an embedding right summed by left.
+
+    Shapes: (B, rows, T), (B, T, columns); for an embedding (B, T), (B, T, columns), where rows not wanted are −1.
+    """
+    kind = kind_of(layer)
+    if kind == "embedding":
+        wanted = (a >= first) & (a < last) & _counts(layer, a)
+        return torch.where(wanted, a - first, -1), delta
+    a, delta = _busy(a, delta)
+    if kind == "linear":
+        return delta[:, :, first:last].mT, a
+    return a[:, :, first:last].mT, delta
+
+
+def _busy(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that got a gradient, if those are few: of a classifier's last layer often one, of answers their own.
+
+    Shapes: (B, T, in), (B, T, out) → the same with n tokens, n the largest number that a sample has.
+    """
+    tokens = delta.shape[1]
+    if 2 * int((delta[:, :, 0] == 0).sum(1).min()) < tokens:
+        return a, delta  # seen at a glance
+    got = delta.any(2)
+    most = int(got.sum(1).max())
+    if 2 * most > tokens:
+        return a, delta
+    place = got.byte().topk(max(1, most), 1).indices
+    return tuple(x.take_along_dim(place.unsqueeze(2), 1) for x in (a, delta))  # type: ignore[return-value]
 
 
 def _counts(layer: Any, ids: Tensor) -> Tensor:
@@ -114,6 +136,8 @@ def _counts(layer: Any, ids: Tensor) -> Tensor:
 
 def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
     """x̂ of a norm y = γ · x̂ + β (or (1 + γ) · x̂): what γ multiplies, whatever the layer does to get it."""
+    if type(layer) is nn.LayerNorm:
+        return layer_norm(x, layer.normalized_shape, eps=layer.eps)
     zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters(recurse=False)}
     one = zero | {"weight": torch.ones_like(zero["weight"])}
     forward = type(layer).forward

@@ -10,13 +10,16 @@ vector of their own, and torch's optimizer sees only that vector. Why it is lean
 - gathering and scattering read and write k places (see `chosen` for what an index is);
 - `selected` lets autograd deliver the k gradients; a dense one exists for one tensor at a time, in its backward.
 
-Time is another matter: gathering and scattering run on one thread and jump through memory. On two quiet cores a step at
-p = .3, .1, .005 took 1.20, .90 and .27 of torch's fused AdamW with a masked gradient (`python -m pefttutor.bench`).
+Time falls less than p: a processor reads 64 bytes for an entry of 4, so that at p = .1 four of five lines of memory
+come along. Threads share the tensors, each in lots that stay in its cache from gathering to scattering. On two quiet
+cores a step at p = .3, .1, .005 took .77, .56 and .19 of torch's fused AdamW with a masked gradient; gathering and
+scattering alone took .50, .39 and .13 (`python -m pefttutor.bench`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels.chosen import read, selected, sorted_places, write
+from pefttutor.kernels.threads import share
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]
+
+PART = 1 << 18  # entries of a tensor: more are several parts, so that threads can share a large tensor
+LOT = 1 << 22  # bytes of weights that a thread takes at a time
+LINE = 64  # bytes of memory that a processor reads with an entry
 
 
 def sparse_adamw_reference(
@@ -55,34 +63,58 @@ def sparse_adamw_reference(
     return torch.where(mask, moved, weight)
 
 
-class _Chosen:
-    """The chosen entries of some tensors, and the vectors that an optimizer trains in their place."""
+@dataclass(frozen=True)
+class _Part:
+    """Some of a tensor's chosen entries, and the vector that an optimizer trains in their place."""
 
-    def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.pairs = [_checked(item) for item in chosen]
-        if len({id(weight) for weight, _ in self.pairs}) < len(self.pairs):
-            raise ValueError("a tensor is given twice; give it once, with all of its chosen entries")
-        self.values = [nn.Parameter(read(weight, index)) for weight, index in self.pairs]
+    weight: Tensor
+    index: Tensor
+    values: nn.Parameter
+
+    @property
+    def touched(self) -> int:
+        """Bytes of the weight that come into the CPU's cache with its entries; another device gets all at once."""
+        return min(LINE * len(self.index), self.weight.nbytes) if self.weight.device.type == "cpu" else 0
+
+    def check(self) -> None:
+        now, then = self.weight, self.values
+        if now.dtype != then.dtype or now.device != then.device:
+            raise ValueError(
+                f"a tensor {tuple(now.shape)} is {now.dtype} on {now.device} and was {then.dtype} on {then.device} "
+                "when the optimizer was made; make the optimizer after converting the model"
+            )
 
     def gather(self) -> None:
-        for (weight, index), values in zip(self.pairs, self.values, strict=True):
-            if weight.dtype != values.dtype or weight.device != values.device:
-                raise ValueError(
-                    f"a tensor {tuple(weight.shape)} is {weight.dtype} on {weight.device} and was {values.dtype} on "
-                    f"{values.device} when the optimizer was made; make the optimizer after converting the model"
-                )
-            torch.index_select(weight.detach().view(-1), 0, index, out=values.data)
-            values.grad = None if weight.grad is None else read(weight.grad, index)
+        torch.index_select(self.weight.detach().view(-1), 0, self.index, out=self.values.data)
+        assert self.weight.grad is not None  # see _lots
+        self.values.grad = read(self.weight.grad, self.index)
 
     def scatter(self) -> None:
-        for (weight, index), values in zip(self.pairs, self.values, strict=True):
-            if values.grad is not None:
-                write(weight, index, values)
-                values.grad = None
+        write(self.weight, self.index, self.values)
+        self.values.grad = None
 
-    def zero_grad(self) -> None:
-        for weight, _ in self.pairs:
-            weight.grad = None
+
+def _parts(chosen: Iterable[tuple[Tensor, Tensor]]) -> Iterator[_Part]:
+    pairs = [_checked(item) for item in chosen]
+    if len({id(weight) for weight, _ in pairs}) < len(pairs):
+        raise ValueError("a tensor is given twice; give it once, with all of its chosen entries")
+    for weight, index in pairs:
+        for some in index.split(PART):
+            yield _Part(weight, some, nn.Parameter(read(weight, some)))
+
+
+def _lots(parts: Iterable[_Part]) -> list[list[_Part]]:
+    """The parts that have a gradient, in lots that a thread takes: it gathers from and scatters to its cache."""
+    lots: list[list[_Part]] = []
+    room = -1
+    for part in parts:
+        if part.weight.grad is not None:
+            room -= part.touched
+            if room < 0:
+                lots.append([])
+                room = LOT - part.touched
+            lots[-1].append(part)
+    return lots
 
 
 def _checked(pair: Any) -> tuple[Tensor, Tensor]:
@@ -111,12 +143,12 @@ class _OnChosen(torch.optim.Optimizer):
     """What makes an optimizer of torch, the next class in line, train the chosen entries alone."""
 
     def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]], lr: float = 1e-3, **settings: Any) -> None:
-        self._chosen = _Chosen(chosen)
-        super().__init__(self._chosen.values, lr=lr, **settings)  # type: ignore[call-arg]
+        self._parts = list(_parts(chosen))
+        super().__init__([part.values for part in self._parts], lr=lr, **settings)  # type: ignore[call-arg]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle, where torch names what it takes along: the chosen entries come too."""
-        return super().__getstate__() | {"_chosen": self._chosen}
+        return super().__getstate__() | {"_parts": self._parts}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, but for the one group that the constructor makes: an optimizer trains what it was made for.
@@ -132,18 +164,18 @@ class _OnChosen(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under "index" the places that the state belongs to."""
-        return super().state_dict() | {"index": [index for _, index in self._chosen.pairs]}
+        return super().state_dict() | {"index": [part.index for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """Take over a state that was saved for the same chosen entries.
 
         Raises: ValueError if it belongs to other entries; the optimizer is then left as it was.
         """
-        own, saved = [index for _, index in self._chosen.pairs], state_dict.get("index")
+        own, saved = [part.index for part in self._parts], state_dict.get("index")
         if saved is None or len(saved) != len(own) or not all(map(_same, saved, own)):
             has = "none" if saved is None else [len(index) for index in saved]
             raise ValueError(
-                f"the state belongs to other entries: it has an index of {has} and the optimizer, by tensor, "
+                f"the state belongs to other entries: it has an index of {has} and the optimizer, part by part, "
                 f"{[len(index) for index in own]}, expected the same places; make the optimizer with the index that "
                 "the state was saved with, or start without a state"
             )
@@ -154,17 +186,30 @@ class _OnChosen(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._chosen.gather()
-        inner: Any = super().step  # type: ignore[misc]
-        if getattr(inner, "hooked", False):  # it would run the step hooks once more
-            inner = partial(inner.__wrapped__, self)
-        inner()
-        self._chosen.scatter()
+        for part in self._parts:
+            part.check()
+        if self._parts:
+            share(self._step_of, _lots(self._parts), self._parts[0].weight.device)
         return loss
+
+    def _step_of(self, lot: list[_Part]) -> None:
+        """Gather the lot's entries and gradients, make torch's step on them, scatter them: all while in the cache."""
+        for part in lot:
+            part.gather()
+        settings = [{**self.param_groups[0], "params": [part.values for part in lot]}]
+        some: Any = object.__new__(type(self))  # the same optimizer, which knows of the lot alone
+        vars(some).update({**vars(self), "param_groups": settings})
+        inner: Any = super(_OnChosen, some).step  # type: ignore[misc]
+        if getattr(inner, "hooked", False):  # it would run the step hooks once more
+            inner = partial(inner.__wrapped__, some)
+        inner()
+        for part in lot:
+            part.scatter()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the tensors whose entries are trained."""
-        self._chosen.zero_grad()
+        for part in self._parts:
+            part.weight.grad = None
 
 
 class SparseAdamW(_OnChosen, torch.optim.AdamW):

@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from pefttutor.kernels import chosen
+from pefttutor.kernels import chosen, sparse_adamw
 from pefttutor.kernels.sparse_adamw import (
     SparseAdamW,
     SparseSGD,
@@ -18,11 +18,23 @@ from pefttutor.kernels.sparse_adamw import (
     write,
 )
 
-SHAPES = ((5, 7), (3,), (2, 3, 4))
+SHAPES = ((5, 7), (3,), (2, 3, 4), (15, 17))
 PAIRS = [
     (SparseAdamW, torch.optim.AdamW, {"weight_decay": 0.1, "betas": (0.8, 0.95)}),
     (SparseSGD, torch.optim.SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}),
 ]
+
+
+@pytest.fixture(autouse=True, params=["whole", "in parts"])
+def parts(request, monkeypatch):
+    """Every test also with tensors of several parts, in several lots, that three threads share."""
+    threads = torch.get_num_threads()
+    if request.param == "in parts":
+        monkeypatch.setattr(sparse_adamw, "PART", 64)  # whole vectors, or a bfloat16 rounds otherwise
+        monkeypatch.setattr(sparse_adamw, "LOT", 1000)
+        torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw(dtype=torch.float32, seed=0):

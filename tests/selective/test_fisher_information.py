@@ -30,7 +30,7 @@ def test_numbers_below_one_are_refused(settings):
 def test_labels_of_a_regression_are_refused():
     model = llama_classifier()
     examples = [{**example, "labels": torch.tensor(0.5)} for example in class_examples(3)]
-    with pytest.raises(ValueError, match=r"labels are torch.float32 \(3,\).*log_likelihood"):
+    with pytest.raises(ValueError, match=r"labels are torch.float32 \(2,\).*log_likelihood"):
         fisher_information(model, examples)
 
 

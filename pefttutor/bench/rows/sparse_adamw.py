@@ -1,5 +1,7 @@
 """One optimizer step on chosen entries, against torch's fused AdamW with a mask on the gradient.
 
+The bound gathers and scatters the chosen entries, on all threads, and computes nothing.
+
 State is what the optimizer keeps of each entry. What says which entries train isn't counted: int32 places of ours,
 4 bytes a chosen entry; the peer's mask, a byte an entry.
 """
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pefttutor.bench.row import Row, Side, Step
+from pefttutor.kernels.chosen import read, write
 from pefttutor.kernels.sparse_adamw import SparseAdamW
+from pefttutor.kernels.threads import share
 
 TENSORS, SHAPE = 8, (768, 768)
 
@@ -24,13 +28,27 @@ def build(side: Side, seed: int, *, p: float) -> Step:
     grads = [torch.randn(SHAPE, generator=generator) for _ in range(TENSORS)]
     size = weights[0].numel()
     chosen = [torch.randperm(size, generator=generator)[: int(p * size)] for _ in range(TENSORS)]
+    index = [places.to(torch.int32).sort().values for places in chosen]
+    if side == "bound":
+        items = list(zip(weights, grads, index, strict=True))
+        return partial(_move, items)
     if side == "ours":
-        index = [places.to(torch.int32) for places in chosen]
         ours = SparseAdamW(zip(weights, index, strict=True), lr=1e-3, weight_decay=0, fused=True)
         return _Update(ours, weights, grads, None)
     masks = [torch.zeros(size, dtype=torch.bool).index_fill_(0, places, True) for places in chosen]
     peer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0, fused=True)
     return _Update(peer, weights, grads, [mask.view(SHAPE) for mask in masks])
+
+
+def _move(items: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    def one(item: tuple[Tensor, Tensor, Tensor]) -> None:
+        weight, grad, index = item
+        values = read(weight, index)
+        read(grad, index)
+        write(weight, index, values)
+
+    share(one, items, items[0][0].device)
+    return {}
 
 
 class _Update:
@@ -59,6 +77,7 @@ def _row(p: float, time: float) -> Row:
         peer="torch fused AdamW, gradient mask",
         build=partial(build, p=p),
         goals={"time": time, "state": p},
+        bound="the chosen entries gathered and scattered",
         rounds=31,
     )
 
