@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -145,3 +145,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 def targets(kind: str) -> tuple[str, ...]:
     """What is usually adapted in a model of this kind."""
     return TARGETS[kind]
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Set torch's number of threads for a test: pytest.mark.parametrize("threads", [1, 3], indirect=True)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

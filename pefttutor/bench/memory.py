@@ -20,7 +20,8 @@ def transient_bytes(step: Callable[[], Any]) -> int:
     """Peak of the bytes that live during the step and did not before it, as PyTorch's allocator reports them.
 
     Counts every tensor, whether autograd keeps it or an operation only passes through it; scratch space that
-    a matrix library takes for itself is not counted. The step runs once beforehand, outside the count.
+    a matrix library takes for itself is not counted, nor what a helper thread of `kernels.threads` allocates: where
+    that is large, measure with one thread. The step runs once beforehand, outside the count.
     """
     step()
     gc.collect()

@@ -30,7 +30,8 @@ def run(function, tensors, labels, **options):
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 256])
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")])
-def test_equals_the_formula(chunk, trained):
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_equals_the_formula(chunk, trained, threads):
     tensors, labels = draw(trained=trained)
     ours, wanted = (
         run(linear_cross_entropy, tensors, labels, chunk=chunk),
@@ -88,7 +89,8 @@ def test_no_label_at_all_is_nan_as_in_the_formula():
     assert ours["hidden"].eq(0).all()
 
 
-def test_without_grad_mode_nothing_but_the_loss_is_computed():
+@pytest.mark.parametrize("threads", [1], indirect=True)  # the profiler sees no helper's products
+def test_without_grad_mode_nothing_but_the_loss_is_computed(threads):
     tensors, labels = draw()
     with torch.no_grad(), torch.profiler.profile() as profiler:
         loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], labels, tensors["bias"], chunk=9)
@@ -98,7 +100,8 @@ def test_without_grad_mode_nothing_but_the_loss_is_computed():
     assert sum(event.name in ("aten::mm", "aten::addmm") for event in profiler.events()) == 1
 
 
-def test_peak_memory_is_one_chunk_of_logits():
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_peak_memory_is_one_chunk_of_logits(threads):
     tensors, labels = draw(
         tokens=64, d=4, vocabulary=500, ignored=0, dtype=torch.float32, trained=("hidden",)
     )
