@@ -20,10 +20,6 @@ _CHANGES_LOGITS = (
     "output_router_logits",
 )
 
-_CHUNK = (
-    64  # tokens whose logits live at once; beside a whole step, reading the head more often costs nothing
-)
-
 
 def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss of `model(**batch).loss`, without the logits: `fit(model, train, loss=causal_lm_loss)`.
@@ -46,7 +42,7 @@ def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with recompute_activations():
         hidden = body(**inputs).last_hidden_state  # (batch, seq, d)
     labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # the token at t predicts t + 1
-    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, chunk=_CHUNK)
+    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias)
 
 
 def _body_and_head(model: Any) -> tuple[Any, Any]:
