@@ -190,10 +190,22 @@ def test_importing_the_package_loads_nothing_else():
     assert in_a_new_python(code) == "[]"
 
 
-def test_idle_threads_are_told_to_sleep_unless_someone_chose_otherwise():
-    code = "import os; {}; import pefttutor; print(os.environ['OMP_WAIT_POLICY'])"
-    assert in_a_new_python(code.format("os.environ.pop('OMP_WAIT_POLICY', None)")) == "PASSIVE"
-    assert in_a_new_python(code.format("os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'")) == "ACTIVE"
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ({}, "PASSIVE 1000"),
+        ({"OMP_WAIT_POLICY": "passive"}, "passive 1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+    ],
+)
+def test_idle_threads_soon_sleep_unless_someone_chose_otherwise(chosen, says):
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    code = (
+        f"import os; [os.environ.pop(name, None) for name in {names}]; os.environ.update({chosen}); "
+        f"import pefttutor; print(*(os.environ.get(name) for name in {names}))"
+    )
+    assert in_a_new_python(code) == says
 
 
 def test_every_name_that_the_package_lists_exists():

@@ -71,8 +71,9 @@ def share(work: Callable[[Piece], Any], pieces: Iterable[Piece], device: torch.d
 
 
 def _drain(work: Callable[[Piece], Any], left: deque[Piece], device: torch.device) -> None:
-    casting = torch.is_autocast_enabled(device.type)  # each thread has its own switches
-    with torch.no_grad(), torch.autocast(device.type, enabled=False) if casting else nullcontext():
+    kind = device.type  # each thread has its own switches
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if casting else nullcontext():
         while True:
             try:
                 piece = left.popleft()

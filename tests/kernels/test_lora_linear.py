@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pefttutor.kernels import lora_linear as kernel
 from pefttutor.kernels.lora_linear import lora_linear, lora_linear_reference
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -50,6 +51,18 @@ def test_gradients_are_the_numerical_ones(trained):
     assert torch.autograd.gradcheck(lora_linear, (*tensors.values(), 0.5))
 
 
+@pytest.fixture(params=["one part", "three parts", "torch's threads"])
+def parts(request, monkeypatch):
+    """Who computes: one thread, three with tokens of their own, or torch's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(kernel, "SMALL", 1 << 24 if request.param == "one part" else 0)
+    monkeypatch.setattr(kernel, "FEW_TOKENS", 1 if request.param == "three parts" else 1 << 24)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 4), (0,), (3, 0)])
 @pytest.mark.parametrize("trained", [("x", "lora_A", "lora_B"), NAMES, ("lora_A",), ("weight", "lora_A")])
 def test_equals_the_formula_for_any_leading_dimensions(lead, trained):
@@ -163,12 +176,11 @@ def test_keeps_less_when_less_trains(trained, sizes):
 
 
 def operations(tensors):
-    """Shapes of all matrix products in forward and backward."""
+    """Shapes of the factors of all matrix products in forward and backward."""
     with torch.profiler.profile(record_shapes=True) as profiler:
         run(lora_linear, tensors)
-    return [
-        e.input_shapes for e in profiler.events() if e.name in ("aten::mm", "aten::addmm", "aten::addmm_")
-    ]
+    first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # where the two factors are
+    return [e.input_shapes[first[e.name] :][:2] for e in profiler.events() if e.name in first]
 
 
 def test_the_first_layer_computes_no_gradient_of_its_input_and_nothing_is_as_large_as_the_weight():
@@ -177,11 +189,11 @@ def test_the_first_layer_computes_no_gradient_of_its_input_and_nothing_is_as_lar
     first = operations(draw(5, **sizes, trained=("lora_A", "lora_B")))
     assert len(inner) == 8
     assert len(first) == len(inner) - 2  # not grad · W, not its low-rank part
-    for shapes in inner:
-        left, right = [shape for shape in shapes if len(shape) == 2][-2:]
-        assert (left[0], right[1]) not in ((24, 16), (16, 24)), f"a product as large as W: {shapes}"
+    for left, right in inner:
+        assert (left[0], right[1]) not in ((24, 16), (16, 24)), f"as large as W: {left} by {right}"
 
 
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_hf_peft(bias):
     peft = pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
