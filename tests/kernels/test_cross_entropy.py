@@ -118,6 +118,13 @@ def test_peak_memory_is_what_logits_may_have(threads):
     assert peak(linear_cross_entropy, max_bytes=logits // 8) < 1.5 * logits / 8
 
 
+def test_a_head_that_trains_needs_the_logits_of_some_tokens(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "TOKENS_TRAINED", 8)
+    tensors, labels = draw(tokens=64, d=4, vocabulary=5000, ignored=0, dtype=torch.float32)
+    logits, head = 64 * 5000 * 4, 4 * 5000 * 4
+    assert transient_bytes(lambda: run(linear_cross_entropy, tensors, labels)) < 1.5 * logits / 8 + 3 * head
+
+
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")])
 def test_words_that_can_not_come(trained, threads):
