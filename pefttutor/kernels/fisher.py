@@ -8,7 +8,8 @@ autograd only gives the sum. Why this is fast, against a backward pass a sample:
 
 - one forward and one backward for the whole batch, and the backward computes no gradient of any weight;
 - each sample's gradient of a layer is made from the layer's input and its output's gradient, at the cost of the
-  batch's own (see `per_sample`).
+  batch's own (see `per_sample`), and tokens that got no gradient are left out;
+- threads share that work in parts that stay in the cache while they are squared and summed (see `threads`).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ vector of their own, and torch's optimizer sees only that vector. Why it is lean
 
 Time falls less than p: a processor reads 64 bytes for an entry of 4, so that at p = .1 four of five lines of memory
 come along. Threads share the tensors, each in lots that stay in its cache from gathering to scattering. On two quiet
-cores a step at p = .3, .1, .005 took .77, .56 and .19 of torch's fused AdamW with a masked gradient; gathering and
-scattering alone took .50, .39 and .13 (`python -m pefttutor.bench`).
+cores a step at p = .3, .1, .005 took about .86, .65 and .25 of torch's fused AdamW with a masked gradient; gathering
+and scattering alone took .60, .44 and .16 (`python -m pefttutor.bench`).
 """
 
 from __future__ import annotations
