@@ -116,20 +116,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             share(_Words.read, words, hidden.device)
             top = torch.stack([some.top for some in words]).amax(0)  # (tokens, 1)
             total = reduce(torch.add, (some.scale_to(top).total for some in words))
-            losses.append(total.log() + top - reduce(torch.add, (some.label_logits for some in words)))
+            own_logits = reduce(torch.add, (some.label_logits for some in words))
+            losses.append(total.log() + (top - own_logits))  # the difference of the large ones first
             if grad_hidden is not None:
                 mixed = reduce(torch.add, (some.mixed for some in words))
-                grad_hidden[rows] = mixed.div_(total).sub_(head[own]).div_(len(kept)).to(hidden.dtype)
+                grad_hidden[rows] = mixed.div_(total).sub_(head[own]).to(hidden.dtype)
             if trained:
-                add = partial(_Words.add_to_head, grads=grads, total=total, tokens=len(kept))
+                add = partial(_Words.add_to_head, grads=grads, total=total)
                 share(add, words, hidden.device)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads)  # of the sum: a half would lose digits of the mean's
+        ctx.tokens = len(kept)
         return torch.cat(losses).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        grad = grad / max(
+            ctx.tokens, 1
+        )  # float32, whatever the gradients are: GradScaler's is infinite in float16
+        scaled = [
+            None if sums is None else (sums.to(grad.dtype) * grad).to(sums.dtype)
+            for sums in ctx.saved_tensors
+        ]
         return *scaled, None, None, None, None, None
 
 
@@ -195,13 +203,12 @@ class _Words:
         self.mixed *= self.smaller
         return self
 
-    def add_to_head(self, grads: list[Tensor | None], total: Tensor, tokens: int) -> None:
-        """Gradients of weight and bias, 1/tokens · (softmax(z) − one-hot)ᵀ h, where all words were read at once."""
+    def add_to_head(self, grads: list[Tensor | None], total: Tensor) -> None:
+        """Gradients of weight and bias, (softmax(z) − one-hot)ᵀ h, where all words were read at once."""
         _, grad_weight, grad_bias = grads
         difference = self.exponentials.mul_(self.smaller / total)
         here = _inside(self.labels, len(self.head))
         difference[here, self.labels[here]] -= 1
-        difference /= tokens
         words = slice(self.first, self.first + len(self.head))
         if grad_weight is not None:
             _add_product(grad_weight[words], difference.t(), self.h)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pefttutor.kernels.precision import compute_dtype
-from pefttutor.kernels.threads import share
+from pefttutor.kernels.threads import plain, share
 
 __all__ = ["lora_linear", "lora_linear_reference"]
 
@@ -165,7 +165,8 @@ def _by_tokens(work: Callable[[int, slice], None], tokens: int, weight: Tensor) 
     if len(parts) > 1 or tokens * weight.numel() < SMALL:
         share(lambda part: work(*part), enumerate(parts), weight.device)
     else:
-        work(0, parts[0])
+        with plain(weight.device):
+            work(0, parts[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["alone", "share"]
+__all__ = ["alone", "plain", "share"]
 
 Piece = TypeVar("Piece")
 
@@ -26,7 +26,8 @@ _BY_THREAD = "parallel backend: OpenMP" in torch.__config__.parallel_info()  # e
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "pefttutor", initializer=torch.set_num_threads, initargs=(1,))
+    """Has as many threads as were ever needed at a time."""
+    return ThreadPoolExecutor(1024, "pefttutor", initializer=torch.set_num_threads, initargs=(1,))
 
 
 if hasattr(os, "register_at_fork"):
@@ -35,45 +36,76 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the block torch's operations use this thread only."""
+    """Within the block torch's operations use this thread only.
+
+    A thread that begins to use torch at that time has one from then on: torch keeps the number for all new threads.
+    """
     threads = torch.get_num_threads()
-    if not _BY_THREAD or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
     try:
+        if _BY_THREAD:
+            torch.set_num_threads(1)
         yield
     finally:
-        torch.set_num_threads(threads)
+        if _BY_THREAD:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def plain(device: torch.device, *, inference: bool = False) -> Iterator[None]:
+    """Within the block autograd records nothing and autocast is off: what each thread has switches of its own for."""
+    kind = device.type
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with (
+        torch.no_grad(),
+        torch.inference_mode() if inference else nullcontext(),
+        torch.autocast(kind, enabled=False) if casting else nullcontext(),
+    ):
+        yield
 
 
 def share(work: Callable[[Piece], Any], pieces: Iterable[Piece], device: torch.device) -> None:
     """work(piece) for every piece, in any order, on as many threads as torch has (`torch.get_num_threads()`).
 
-    No two pieces may write to the same entry. Nothing is recorded for autograd, and autocast is off. Starting costs
-    about 0.1 ms. On another device than the CPU this thread alone gives the orders.
+    No two pieces may write to the same entry. Autograd records nothing, autocast is off, and inference mode is as it
+    is here. Starting costs about 0.1 ms. On another device than the CPU this thread alone gives the orders.
 
     Raises: what `work` raises, once all threads have stopped; pieces that weren't begun are dropped then.
     """
     left = deque(pieces)
+    drain = partial(_drain, work, left, device, torch.is_inference_mode_enabled())
     if device.type != "cpu" or not _BY_THREAD:
-        _drain(work, left, device)
+        drain()
         return
     helpers = min(torch.get_num_threads(), len(left)) - 1
     with alone():
-        running = [_pool().submit(_drain, work, left, device) for _ in range(helpers)]
+        running = _started(drain, helpers)
         try:
-            _drain(work, left, device)
+            drain()
         finally:
-            wait(running)
+            _stopped(running, left)
     for helper in running:
         helper.result()
 
 
-def _drain(work: Callable[[Piece], Any], left: deque[Piece], device: torch.device) -> None:
-    kind = device.type  # each thread has its own switches
-    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.no_grad(), torch.autocast(kind, enabled=False) if casting else nullcontext():
+def _started(drain: Callable[[], None], helpers: int) -> list[Future[None]]:
+    running: list[Future[None]] = []
+    with suppress(RuntimeError):  # Python is shutting down, and starts no thread any more
+        for _ in range(helpers):
+            running.append(_pool().submit(drain))
+    return running
+
+
+def _stopped(running: list[Future[None]], left: deque[Any]) -> None:
+    try:
+        wait(running)
+    except BaseException:  # Ctrl-C: what is begun still writes
+        left.clear()
+        wait(running)
+        raise
+
+
+def _drain(work: Callable[[Piece], Any], left: deque[Piece], device: torch.device, inference: bool) -> None:
+    with plain(device, inference=inference):
         while True:
             try:
                 piece = left.popleft()

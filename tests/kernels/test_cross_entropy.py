@@ -82,6 +82,40 @@ def test_large_logits_stay_finite():
         torch.testing.assert_close(ours[name], wanted[name])
 
 
+def test_a_large_number_that_all_logits_share_costs_no_digits():
+    tensors, labels = draw(dtype=torch.float32, trained=())
+    tensors["bias"] = torch.full_like(tensors["bias"], 1e6)
+    ours, wanted = (
+        function(tensors["hidden"], tensors["weight"], labels, tensors["bias"])
+        for function in (linear_cross_entropy, linear_cross_entropy_reference)
+    )
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize("tokens", [1, 3000])
+def test_the_scale_of_a_grad_scaler_in_half_precision(tokens, trained):
+    """65,536 is its first scale, and infinite in float16; and a mean over many tokens must not vanish before it."""
+    tensors, labels = draw(tokens=tokens, ignored=0, dtype=torch.float16, trained=())
+    tensors = {name: (t / 10).requires_grad_(name in trained) for name, t in tensors.items()}
+    exact = {name: t.detach().double().requires_grad_(name in trained) for name, t in tensors.items()}
+    grads = []
+    for function, given in ((linear_cross_entropy, tensors), (linear_cross_entropy_reference, exact)):
+        loss = function(given["hidden"], given["weight"], labels, given["bias"]) * 65536
+        loss.backward()
+        grads.append({name: given[name].grad.double() for name in trained})
+    for name in trained:
+        ours, wanted = (found[name] for found in grads)
+        assert (ours - wanted).norm() < 2e-3 * wanted.norm(), name
+
+
+def test_in_inference_mode():
+    tensors, labels = draw()
+    given = tensors["hidden"], tensors["weight"], labels, tensors["bias"]
+    with torch.inference_mode():
+        torch.testing.assert_close(linear_cross_entropy(*given), linear_cross_entropy_reference(*given))
+
+
 def test_no_label_at_all_is_nan_as_in_the_formula():
     tensors, labels = draw(ignored=13)
     ours, wanted = (

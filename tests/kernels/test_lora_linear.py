@@ -194,6 +194,26 @@ def test_the_first_layer_computes_no_gradient_of_its_input_and_nothing_is_as_lar
 
 
 @pytest.mark.usefixtures("parts")
+def test_in_inference_mode():
+    tensors = draw(20)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            lora_linear(*tensors.values(), 0.5), lora_linear_reference(*tensors.values(), 0.5)
+        )
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_backward_pass_within_autocast_is_that_without():
+    one, two = draw(20, dtype=torch.float32), draw(20, dtype=torch.float32)
+    lora_linear(*one.values(), 0.5).square().sum().backward()
+    y = lora_linear(*two.values(), 0.5).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward()
+    for name in ("x", "lora_A", "lora_B"):
+        assert torch.equal(one[name].grad, two[name].grad)
+
+
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_hf_peft(bias):
     peft = pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")

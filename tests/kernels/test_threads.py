@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
+from pefttutor.kernels import threads as kernel
 from pefttutor.kernels.threads import alone, share
 
 CPU = torch.device("cpu")
@@ -78,6 +81,65 @@ def test_an_error_comes_out_after_all_threads_have_stopped(threads):
     assert torch.get_num_threads() == 3
     share(done.append, [-1], CPU)
     assert done[-1] == -1
+
+
+@THREE
+def test_ctrl_c_while_waiting_waits_for_what_is_begun(threads, monkeypatch):
+    """What is begun still writes: nobody may think it over."""
+    begun, done, real = threading.Barrier(3), [], kernel.wait
+    interrupts = iter([KeyboardInterrupt])
+
+    def wait(running):
+        if error := next(interrupts, None):
+            raise error
+        real(running)
+
+    def work(piece):
+        begun.wait(timeout=60)
+        if threading.current_thread() is not threading.main_thread():
+            threading.Event().wait(0.3)
+        done.append(piece)
+
+    monkeypatch.setattr(kernel, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        share(work, range(3), CPU)
+    assert sorted(done) == [0, 1, 2]
+    assert torch.get_num_threads() == 3
+
+
+@THREE
+@pytest.mark.parametrize("inference", [False, True])
+def test_inference_mode_is_everybodys(threads, inference):
+    """A helper could not write in place to a tensor of inference mode otherwise."""
+    together, seen = threading.Barrier(3), []
+
+    def work(row):
+        together.wait(timeout=60)
+        row += 1
+        seen.append(torch.is_inference_mode_enabled())
+
+    with torch.inference_mode(inference):
+        rows = torch.zeros(3, 2)
+        share(work, rows.unbind(), CPU)
+    assert seen == [inference] * 3
+    assert rows.eq(1).all()
+
+
+def test_a_thread_that_outlives_the_program_works_alone():
+    """Python starts no thread while it shuts down."""
+    code = """
+import threading, torch
+from pefttutor.kernels.threads import share
+torch.set_num_threads(3)
+def late():
+    threading.main_thread().join()
+    share(print, "abc", torch.device("cpu"))
+threading.Thread(target=late).start()
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert sorted(run.stdout.split()) == ["a", "b", "c"], run.stderr
 
 
 @THREE
