@@ -120,7 +120,7 @@ def add_squared_gradients(
     left = (set(parameters.values()) - known) | _reached(values, known)
     right = [call for call in calls if call.by_sample] if values.requires_grad else []
     unproved = [call for call in right if call.layer not in trusted or call.output.dim() < 3]
-    wrong = _mixed(values, unproved) if unproved else []
+    wrong = _mixed(values, unproved) if unproved else set()
     right = [call for call in right if call not in wrong]
     left |= {p for call in calls if call not in right for p in call.layer._parameters.values() if p in known}
     where = {
@@ -210,11 +210,20 @@ def _reached(values: Tensor, known: set[Tensor]) -> set[Tensor]:
     return {p for p, grad in zip(wanted, grads, strict=True) if grad is not None}
 
 
-def _mixed(values: Tensor, calls: list[Call]) -> list[Call]:
-    """The calls of which the first sample's value depends on another row of the output than the first."""
-    first = values.reshape(-1, values.shape[-1])[:, 0].sum()
-    grads = torch.autograd.grad(first, [c.output for c in calls], retain_graph=True, allow_unused=True)
-    return [call for call, grad in zip(calls, grads, strict=True) if grad is not None and grad[1:].any()]
+def _mixed(values: Tensor, calls: list[Call]) -> set[Call]:
+    """The calls of which the first sample's value depends on another row of the output than its own.
+
+    Of two samples both are asked: one that is all padding but for a token may not show it.
+    """
+    samples = values.shape[-1]
+    found = set()
+    for s in range(samples if samples == 2 else 1):
+        value = values.reshape(-1, samples)[:, s].sum()
+        grads = torch.autograd.grad(value, [c.output for c in calls], retain_graph=True, allow_unused=True)
+        for call, grad in zip(calls, grads, strict=True):
+            if grad is not None and (grad[:s].any() or grad[s + 1 :].any()):
+                found.add(call)
+    return found
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

@@ -81,7 +81,8 @@ def _note(
 ) -> Tensor:
     _attach(own, layer)
     given = args[0] if args else next(iter(kwargs.values()))
-    if isinstance(layer, nn.Embedding) and len(given) == 1 < samples:  # positions, the same for all samples
+    # Positions, the same for all samples. A single number can be T5's one distance, which has no place for samples.
+    if isinstance(layer, nn.Embedding) and len(given) == 1 < samples and given.numel() > 1:
         given, output = (t.expand(samples, *t.shape[1:]) for t in (given, output))
     if not output.requires_grad:
         output = output.detach().requires_grad_().clone()  # the clone may be changed in place

@@ -208,6 +208,30 @@ def test_a_batch_as_large_as_its_texts_are_long(tiny):
     assert_same(ours, by_loop(model, inputs))
 
 
+def test_two_texts_of_two_tokens_one_of_which_is_padding(tiny):
+    """T5 looks two by two distances up; of the padded text nothing tells that these aren't its rows."""
+    model = tiny("t5", dtype=F64)
+    ids = torch.tensor([[5, 0], [7, 9]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    ours = squared_gradients(model, lambda: log_likelihood(model, inputs), samples=2)
+    assert_same(ours, by_loop(model, inputs))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+def test_texts_of_one_token(tiny, kind):
+    model, ids = tiny(kind, dtype=F64), torch.tensor([[5], [7], [9]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    inputs["labels"] = ids[:, 0] % 2 if kind == "bert" else ids
+
+    def forward(inputs=inputs):
+        if kind == "gpt2":  # nothing to predict: the value is a logit
+            return model(input_ids=inputs["input_ids"]).logits[:, -1, 3]
+        return log_likelihood(model, inputs)
+
+    ours = squared_gradients(model, forward, samples=3)
+    assert_same(ours, squared_gradients_reference(model, forward))
+
+
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_a_layer_proved_once_is_trusted_later(tiny, monkeypatch, kind):
     """What was found with two samples holds for the rest, except for what has two dimensions: BERT's head.
