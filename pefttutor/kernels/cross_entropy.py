@@ -102,11 +102,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_wanted: bool,
         dtype: torch.dtype,
     ) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
         grads = [
-            torch.zeros_like(t) if grad_wanted and needed and t is not None else None
-            for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-        ]
+            torch.zeros_like(t, dtype=kind) if grad_wanted and needed and t is not None else None
+            for t, needed, kind in zip(
+                (hidden, weight, bias), ctx.needs_input_grad[:3], (hidden.dtype, wide, wide), strict=True
+            )
+        ]  # of the sum over tokens: the mean's would lose digits in a half, and a half's sum would overflow
         grad_hidden, grad_weight, grad_bias = grads
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         trained = grad_weight is not None or grad_bias is not None
         head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
         losses = []
@@ -124,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if trained:
                 add = partial(_Words.add_to_head, grads=grads, total=total)
                 share(add, words, hidden.device)
-        ctx.save_for_backward(*grads)  # of the sum: a half would lose digits of the mean's
+        ctx.save_for_backward(*grads)
         ctx.tokens = len(kept)
         return torch.cat(losses).mean()
 
@@ -135,8 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.tokens, 1
         )  # float32, whatever the gradients are: GradScaler's is infinite in float16
         scaled = [
-            None if sums is None else (sums.to(grad.dtype) * grad).to(sums.dtype)
-            for sums in ctx.saved_tensors
+            None if sums is None else (sums.to(grad.dtype) * grad).to(dtype)
+            for sums, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None, None
 

@@ -118,9 +118,9 @@ def add_squared_gradients(
         values = forward()
     _check_values(values, samples)
     left = (set(parameters.values()) - known) | _reached(values, known)
-    right = [call for call in calls if call.by_sample] if values.requires_grad else []
+    right = [call for call in calls if call.by_sample and call.is_whole] if values.requires_grad else []
     unproved = [call for call in right if call.layer not in trusted or call.output.dim() < 3]
-    wrong = _mixed(values, unproved) if unproved else set()
+    wrong, unseen = _mixed(values, unproved, _doubtful(calls, samples)) if unproved else (set(), set())
     right = [call for call in right if call not in wrong]
     left |= {p for call in calls if call not in right for p in call.layer._parameters.values() if p in known}
     where = {
@@ -137,7 +137,7 @@ def add_squared_gradients(
     if left:
         with training(parameters.values(), left):
             _add_one_by_one(forward, {name: p for name, p in parameters.items() if p in left}, total)
-    return {call.layer for call in right} - {call.layer for call in calls if call not in right}
+    return {call.layer for call in right} - {c.layer for c in calls if c not in right or c in unseen}
 
 
 def _uses(
@@ -210,20 +210,37 @@ def _reached(values: Tensor, known: set[Tensor]) -> set[Tensor]:
     return {p for p, grad in zip(wanted, grads, strict=True) if grad is not None}
 
 
-def _mixed(values: Tensor, calls: list[Call]) -> set[Call]:
-    """The calls of which the first sample's value depends on another row of the output than its own.
+def _mixed(values: Tensor, calls: list[Call], doubtful: Set[Call]) -> tuple[set[Call], set[Call]]:
+    """The calls of which a sample's value depends on another row of the output than its own, and those of which it
+    doesn't depend on its own row either, which says nothing of other batches.
 
-    Of two samples both are asked: one that is all padding but for a token may not show it.
+    The first sample is asked, and of doubtful calls every sample.
     """
     samples = values.shape[-1]
-    found = set()
-    for s in range(samples if samples == 2 else 1):
+    mixed, unseen = set(), set()
+    for s in range(samples):
+        asked = [call for call in calls if s == 0 or call in doubtful]
+        if not asked:
+            break
         value = values.reshape(-1, samples)[:, s].sum()
-        grads = torch.autograd.grad(value, [c.output for c in calls], retain_graph=True, allow_unused=True)
-        for call, grad in zip(calls, grads, strict=True):
+        grads = torch.autograd.grad(value, [c.output for c in asked], retain_graph=True, allow_unused=True)
+        for call, grad in zip(asked, grads, strict=True):
+            if grad is None or not grad[s].any():
+                unseen.add(call)
             if grad is not None and (grad[:s].any() or grad[s + 1 :].any()):
-                found.add(call)
-    return found
+                mixed.add(call)
+    return mixed, unseen
+
+
+def _doubtful(calls: list[Call], samples: int) -> set[Call]:
+    """Where the first sample alone may not show that rows are no samples: as many tokens as samples, or two
+    dimensions in a model that also has tokens in a row (an expert of a mixture gets any number of them)."""
+    tokens = any(not call.by_sample for call in calls)
+    return {
+        call
+        for call in calls
+        if samples == 2 or (tokens if call.output.dim() == 2 else call.output.shape[1] == samples)
+    }
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels import per_sample
@@ -23,6 +24,14 @@ class Call:
     input: Tensor
     output: Tensor
     by_sample: bool
+
+    def __post_init__(self) -> None:
+        self.version = self.output._version
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the output is still what came out: nothing has changed it in place."""
+        return self.output._version == self.version
 
 
 def known_parameters(module: nn.Module, wanted: Iterable[Tensor]) -> set[Tensor]:
@@ -80,6 +89,8 @@ def _note(
     output: Any,
 ) -> Tensor:
     _attach(own, layer)
+    if not torch.is_grad_enabled():
+        return output  # the value doesn't depend on this call, for autograd
     given = args[0] if args else next(iter(kwargs.values()))
     # Positions, the same for all samples. A single number can be T5's one distance, which has no place for samples.
     if isinstance(layer, nn.Embedding) and len(given) == 1 < samples and given.numel() > 1:

@@ -87,7 +87,13 @@ def _add_rows(uses: list[Use], first: int, into: Tensor) -> None:
     if len(uses) == 1 and right.shape[1] == 1:  # one token a sample: G² is a product of two matrices as well
         into.addmm_(*(x.to(into.dtype).square() for x in (left[:, :, 0].t(), right[:, 0])))
         return
-    gradient = right.new_empty(into.shape)  # one for all samples: it stays in the cache
+    dtypes = {part.dtype for _, part in factors}  # an embedding's and its head's differ under autocast
+    if len(dtypes) > 1:
+        factors = [
+            (left if left.dim() == 2 else left.to(into.dtype), right.to(into.dtype))
+            for left, right in factors
+        ]
+    gradient = factors[0][1].new_empty(into.shape)  # one for all samples: it stays in the cache
     for of_sample in zip(*(zip(*map(torch.unbind, pair), strict=True) for pair in factors), strict=True):
         for i, (left, right) in enumerate(of_sample):
             if left.dim() == 2:
@@ -119,7 +125,7 @@ def _busy(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: (B, T, in), (B, T, out) → the same with n tokens, n the largest number that a sample has.
     """
     tokens = delta.shape[1]
-    if 2 * int((delta[:, :, 0] == 0).sum(1).min()) < tokens:
+    if not tokens or 2 * int((delta[:, :, 0] == 0).sum(1).min()) < tokens:
         return a, delta  # seen at a glance
     got = delta.any(2)
     most = int(got.sum(1).max())

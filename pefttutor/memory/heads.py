@@ -68,5 +68,5 @@ def _lean(tape: Tape, layer: Any, hidden: Paper) -> Paper:
         tape.save(hidden.like(), KIND)
     if trains(layer.weight):
         rows, width = layer.weight.shape
-        tape.save(Paper(rows, width, layer.weight.element_size(), False), KIND)
+        tape.save(Paper(rows, width, max(4, layer.weight.element_size()), False), KIND)
     return Paper(0, 0, 4, hidden.grad)

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -20,6 +21,7 @@ __all__ = ["fisher_information"]
 LogLikelihood = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
+@torch.inference_mode(False)  # there would be no gradient
 def fisher_information(
     model: nn.Module,
     examples: Sequence[Any],
