@@ -109,6 +109,20 @@ def test_the_scale_of_a_grad_scaler_in_half_precision(tokens, trained):
         assert (ours - wanted).norm() < 2e-3 * wanted.norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_head_sums_many_tokens_of_one_label(dtype):
+    """The sum is beyond what float16 has, the mean is not."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.rand(12_000, 4, generator=generator) * 2 + 6, torch.randn(5, 4, generator=generator) / 10]
+    labels = torch.full((12_000,), 2)
+    found = []
+    for function, kind in ((linear_cross_entropy, dtype), (linear_cross_entropy_reference, torch.float64)):
+        hidden, weight = (t.to(dtype).to(kind) for t in given)
+        function(hidden, weight.requires_grad_(), labels).backward()
+        found.append(weight.grad.double())
+    assert (found[0] - found[1]).norm() < 2 * torch.finfo(dtype).eps * found[1].norm()
+
+
 def test_in_inference_mode():
     tensors, labels = draw()
     given = tensors["hidden"], tensors["weight"], labels, tensors["bias"]

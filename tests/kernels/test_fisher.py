@@ -296,16 +296,63 @@ def test_a_layer_that_is_also_called_with_tokens_first_is_not_trusted():
     assert_means(layer, [{"x": a} for a in x], value)
 
 
-def assert_means(model, examples, value):
-    """Two examples, then four, give what each of the six gives alone."""
-    found = fisher_information(model, examples, batch_size=4, collate=default_collate, log_likelihood=value)
+def assert_means(model, examples, value, batch_size=4):
+    """Two examples, then batches of the rest, give what each gives alone."""
+    found = fisher_information(
+        model, examples, batch_size=batch_size, collate=default_collate, log_likelihood=value
+    )
     each = [
         squared_gradients_reference(model, lambda e=e: value(model, default_collate([e]))) for e in examples
     ]
     assert_same(found, {name: sum(one[name] for one in each) / len(each) for name in found})
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_experts_of_a_mixture_whatever_tokens_they_get():
+    """A batch of eight, and experts that often get eight tokens: of the first sample perhaps none."""
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(30, 6), nn.Linear(6, 3)
+            self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, ids):
+            h = self.embedding(ids)
+            out = torch.zeros_like(h)
+            for i, expert in enumerate(self.experts):
+                out[ids % 4 == i] = expert(h[ids % 4 == i])
+            return self.head(out.tanh().mean(1)).log_softmax(-1)[:, 0]
+
+    torch.manual_seed(0)
+    model = Mixture().double()
+    for _ in range(5):
+        examples = [{"ids": ids} for ids in torch.randint(0, 30, (10, 4))]
+        assert_means(model, examples, lambda model, batch: model(**batch), batch_size=8)
+
+
+def test_a_proof_that_saw_nothing_is_not_trusted(tiny):
+    """Of one or two labels T5's decoder shows no row of its position bias but the sample's own."""
+    model, generator = tiny("t5", dtype=F64), torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(3, 97, (4, 2), generator=generator) for _ in range(2))
+    labels[0, 1] = -100
+    examples = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y}
+        for i, y in zip(ids, labels, strict=True)
+    ]
+    assert_means(model, examples, log_likelihood, batch_size=2)
+
+
+def test_in_inference_mode_too(tiny, batch):
+    model, inputs = tiny("gpt2", dtype=F64), batch("gpt2")
+    examples = [{name: value[s] for name, value in inputs.items()} for s in range(3)]
+    expected = fisher_information(model, examples, collate=default_collate, log_likelihood=log_likelihood)
+    with torch.inference_mode():
+        found = fisher_information(model, examples, collate=default_collate, log_likelihood=log_likelihood)
+    assert_same(found, expected)
+    assert any(value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 def test_under_autocast_it_is_what_autograd_gives_there(tiny, batch, kind):
     model, inputs = tiny(kind), batch(kind)
 
