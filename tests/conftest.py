@@ -148,9 +148,15 @@ def targets(kind: str) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Set torch's number of threads for a test: pytest.mark.parametrize("threads", [1, 3], indirect=True)."""
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, until the test's end."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest, set_threads: Callable[[int], None]) -> int:
+    """Set torch's number of threads for a test: pytest.mark.parametrize("threads", [1, 3], indirect=True)."""
+    set_threads(request.param)
+    return request.param

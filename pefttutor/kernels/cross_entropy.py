@@ -66,8 +66,8 @@ def linear_cross_entropy(
 
     Shapes: hidden (tokens, d), weight (vocabulary, d), labels (tokens), bias (vocabulary) or None → ().
     Cost: for T labelled tokens 2·T·d·V FLOPs for the loss and as many for hidden's gradient (as many again for
-        the head's, if it trains). Kept for the backward pass: one tensor like hidden (and one like the head, if it
-        trains); transient: max_bytes, and for each thread one tensor like hidden (of 1,024 tokens at most).
+        the head's, if it trains). Kept for the backward pass: one tensor like hidden (and one like the head, in
+        float32, if it trains); transient: max_bytes, and for each thread one tensor like hidden (at most 1,024 tokens).
     Raises: ValueError where the shapes don't fit or a label isn't in the vocabulary, TypeError for labels that
         aren't integers.
     Source: the online softmax is Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3.
@@ -103,12 +103,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
+        # Of the sum over tokens: the mean's would lose digits in a half, and the head's sum overflow it.
         grads = [
             torch.zeros_like(t, dtype=kind) if grad_wanted and needed and t is not None else None
             for t, needed, kind in zip(
                 (hidden, weight, bias), ctx.needs_input_grad[:3], (hidden.dtype, wide, wide), strict=True
             )
-        ]  # of the sum over tokens: the mean's would lose digits in a half, and a half's sum would overflow
+        ]
         grad_hidden, grad_weight, grad_bias = grads
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         trained = grad_weight is not None or grad_bias is not None
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 mixed = reduce(torch.add, (some.mixed for some in words))
                 grad_hidden[rows] = mixed.div_(total).sub_(head[own]).to(hidden.dtype)
             if trained:
-                add = partial(_Words.add_to_head, grads=grads, total=total)
+                add = partial(_Words.add_to_head, grad_weight=grad_weight, grad_bias=grad_bias, total=total)
                 share(add, words, hidden.device)
         ctx.save_for_backward(*grads)
         ctx.tokens = len(kept)
@@ -135,9 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad / max(
-            ctx.tokens, 1
-        )  # float32, whatever the gradients are: GradScaler's is infinite in float16
+        # In float32, whatever the gradients are: GradScaler's first scale is infinite in float16.
+        grad = grad / max(ctx.tokens, 1)
         scaled = [
             None if sums is None else (sums.to(grad.dtype) * grad).to(dtype)
             for sums, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -207,9 +207,8 @@ class _Words:
         self.mixed *= self.smaller
         return self
 
-    def add_to_head(self, grads: list[Tensor | None], total: Tensor) -> None:
+    def add_to_head(self, grad_weight: Tensor | None, grad_bias: Tensor | None, total: Tensor) -> None:
         """Gradients of weight and bias, (softmax(z) − one-hot)ᵀ h, where all words were read at once."""
-        _, grad_weight, grad_bias = grads
         difference = self.exponentials.mul_(self.smaller / total)
         here = _inside(self.labels, len(self.head))
         difference[here, self.labels[here]] -= 1

@@ -61,8 +61,9 @@ def squared_gradients(
     biases and weights tied between them. Any other parameter that ℓ depends on is left to the reference: right, but
     a backward pass a sample. So is a weight that ℓ also reaches without a call of its layer (`h @ emb.weight.T`).
 
-    That a layer's rows are the samples is proved, by a backward pass of the first sample alone; a layer where they
-    aren't (T5's position bias, in a batch as large as its texts are long) is left to the reference too.
+    That a layer's rows are the samples is proved, by a backward pass of the first sample alone, and of every sample
+    where that may not show it (`_doubtful`); a layer where they aren't (T5's position bias, in a batch as large as
+    its texts are long) is left to the reference too.
 
     max_bytes: of the gradients that exist at a time; a larger weight is taken some rows at a time. Beside them
         nothing is as large as the weights, except what is left to the reference.
@@ -108,9 +109,9 @@ def add_squared_gradients(
 ) -> set[nn.Module]:
     """Add `squared_gradients` of one batch to `total`, in place and without `check_finite`.
 
-    Returns the layers whose rows are the samples, in every call: the next batch may trust them. Best found out with
-    two samples, which costs least, and hardly anything else comes in twos. What has two dimensions isn't trusted: it
-    can be tokens, as many as there are samples by chance (those that an expert of a mixture gets).
+    Returns the layers that were seen to have the samples as rows, in every call; the next batch may pass them as
+    trusted. Best found out with two samples, which costs least, and hardly anything else comes in twos. What has two
+    dimensions isn't trusted: it can be an expert's tokens, by chance as many as there are samples.
     """
     parameters = _trained(module)
     known = known_parameters(module, parameters.values())

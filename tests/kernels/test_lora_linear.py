@@ -52,14 +52,11 @@ def test_gradients_are_the_numerical_ones(trained):
 
 
 @pytest.fixture(params=["one part", "three parts", "torch's threads"])
-def parts(request, monkeypatch):
+def parts(request, monkeypatch, set_threads):
     """Who computes: one thread, three with tokens of their own, or torch's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
+    set_threads(3)
     monkeypatch.setattr(kernel, "SMALL", 1 << 24 if request.param == "one part" else 0)
     monkeypatch.setattr(kernel, "FEW_TOKENS", 1 if request.param == "three parts" else 1 << 24)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("parts")

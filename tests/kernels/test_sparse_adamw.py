@@ -26,15 +26,12 @@ PAIRS = [
 
 
 @pytest.fixture(autouse=True, params=["whole", "in parts"])
-def parts(request, monkeypatch):
+def parts(request, monkeypatch, set_threads):
     """Every test also with tensors of several parts, in several lots, that three threads share."""
-    threads = torch.get_num_threads()
     if request.param == "in parts":
         monkeypatch.setattr(sparse_adamw, "PART", 64)  # whole vectors, or a bfloat16 rounds otherwise
         monkeypatch.setattr(sparse_adamw, "LOT", 1000)
-        torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)
+        set_threads(3)
 
 
 def draw(dtype=torch.float32, seed=0):
