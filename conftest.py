@@ -2,7 +2,7 @@
 
 import os
 
-from pefttutor.notebooks.environment import kernel_environment
+from pefttutor.authoring.environment import kernel_environment
 
 # Before any test imports torch; the kernels that nbval starts inherit it.
 os.environ.update(kernel_environment())

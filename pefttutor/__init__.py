@@ -24,49 +24,36 @@ if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE").upper() == "PASSIVE":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from pefttutor.additive import *  # noqa: F403
+    from pefttutor.catalog import methods as methods
     from pefttutor.lowrank import *  # noqa: F403
     from pefttutor.method import adapted as adapted
     from pefttutor.method import freeze as freeze
     from pefttutor.method import trainable as trainable
+    from pefttutor.saving.adapters import load as load
+    from pefttutor.saving.adapters import save as save
     from pefttutor.selective import *  # noqa: F403
-    from pefttutor.storage import load as load
-    from pefttutor.storage import save as save
     from pefttutor.train import History as History
+    from pefttutor.train import callback as callback
     from pefttutor.train import evaluate as evaluate
     from pefttutor.train import fit as fit
-    from pefttutor.trainer_callback import callback as callback
 
-METHOD_FOLDERS = ("lowrank", "selective")  # each names its method classes in the `__all__` of its `__init__`
 _FUNCTIONS = {
     "adapted": "method",
     "freeze": "method",
     "trainable": "method",
-    "load": "storage",
-    "save": "storage",
+    "load": "saving.adapters",
+    "save": "saving.adapters",
     "History": "train",
-    "callback": "trainer_callback",
+    "callback": "train",
     "evaluate": "train",
     "fit": "train",
+    "methods": "catalog",
 }
-_MODULES = (
-    "bench",
-    "check",
-    "data",
-    "kernels",
-    "losses",
-    "memory",
-    "method",
-    "models",
-    "storage",
-    "train",
-    "widgets",
-)
-
-
-def methods() -> dict[str, type]:
-    """All method classes by name. Only these can be named in a saved adapter."""
-    folders = [importlib.import_module(f"{__name__}.{folder}") for folder in METHOD_FOLDERS]
-    return {name: getattr(folder, name) for folder in folders for name in folder.__all__}
+_MODULES = {
+    name: name
+    for name in ("bench", "check", "data", "kernels", "memory", "method", "models", "train", "widgets")
+} | {"losses": "train.losses"}
 
 
 def __getattr__(name: str) -> Any:
@@ -76,8 +63,10 @@ def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         value = getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"{__name__}.{name}")
+        value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     else:
+        from pefttutor.catalog import methods
+
         value = methods().get(name)
         if value is None:
             raise AttributeError(f"pefttutor has no {name!r}; it has {', '.join(__dir__())}")
@@ -86,4 +75,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_FUNCTIONS, *_MODULES, *methods(), "methods"])
+    from pefttutor.catalog import methods
+
+    return sorted([*_FUNCTIONS, *_MODULES, *methods()])

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from pefttutor.modules import adopt, find_modules, replace_module
+from pefttutor.parts.modules import adopt, find_modules, replace_module
 
 __all__ = [
     "Method",

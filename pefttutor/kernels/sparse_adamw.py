@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.kernels.chosen import read, selected, sorted_places, write
+from pefttutor.kernels.flat_entries import read, selected, sorted_places, write
 from pefttutor.kernels.threads import share
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]

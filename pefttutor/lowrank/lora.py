@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pefttutor import method as base
-from pefttutor.lowrank.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear, trace
+from pefttutor.parts.lowrank_layer import LoRAEmbedding, LoRALayer, LoRALinear, trace
 
 __all__ = ["LoRA"]
 
@@ -175,7 +175,7 @@ def _kinds() -> dict[type, type[LoRALayer]]:
     if "transformers.pytorch_utils" in sys.modules:
         from transformers.pytorch_utils import Conv1D
 
-        from pefttutor.lowrank.lora_conv1d import LoRAConv1D
+        from pefttutor.parts.lowrank_conv1d import LoRAConv1D
 
         kinds[Conv1D] = LoRAConv1D
     return kinds

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from pefttutor.losses import causal_lm_loss
 from pefttutor.memory.breakdown import Breakdown
 from pefttutor.memory.checks import OPTIMIZERS, QUANTIZATION, check_attention, named_dtype, one_of, whole
 from pefttutor.memory.families import FAMILIES
@@ -16,6 +15,7 @@ from pefttutor.memory.step import Step
 from pefttutor.memory.tape import Tape
 from pefttutor.memory.weights import prepared, weight_bytes
 from pefttutor.method import adapted
+from pefttutor.train.losses import causal_lm_loss
 
 __all__ = ["estimate"]
 

@@ -11,14 +11,12 @@ from pefttutor.selective.lt_sft import LTSFT
 from pefttutor.selective.masking import Masking
 from pefttutor.selective.norms import LayerNormTuning
 from pefttutor.selective.pafi import PaFi
-from pefttutor.selective.pasta import PASTA
 from pefttutor.selective.probe import LinearProbe
 from pefttutor.selective.second_order import SecondOrderMask
 from pefttutor.selective.sparse import SparseFineTuning
 
 __all__ = [
     "LTSFT",
-    "PASTA",
     "AutoFreeze",
     "BitFit",
     "ChildTuningD",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pefttutor import method as base
-from pefttutor.selective.entries import train_tensors
+from pefttutor.parts.entries import train_tensors
 
 __all__ = ["BitFit"]
 

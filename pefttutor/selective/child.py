@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor import method as base
-from pefttutor.selective import entries
-from pefttutor.selective.choice import check_examples, without_values
-from pefttutor.selective.information import fisher_information
+from pefttutor.parts import entries
+from pefttutor.parts.information import fisher_information
+from pefttutor.parts.ranking import check_examples, without_values
 
 __all__ = ["ChildTuningD", "ChildTuningF"]
 

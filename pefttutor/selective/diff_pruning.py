@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor import method as base
-from pefttutor.identity import describe_base
-from pefttutor.selective import entries
-from pefttutor.selective.shadow import check_called, owners, shadow, unshadow
+from pefttutor.parts import entries
+from pefttutor.parts.fingerprint import describe_base
+from pefttutor.parts.shadow import check_called, owners, shadow, unshadow
 
 __all__ = ["DiffPruning", "gate", "open_probability"]
 

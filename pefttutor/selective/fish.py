@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pefttutor.selective import entries
-from pefttutor.selective.choice import check_examples, exact_share, without_values
-from pefttutor.selective.information import fisher_information
+from pefttutor.parts import entries
+from pefttutor.parts.information import fisher_information
+from pefttutor.parts.ranking import check_examples, exact_share, without_values
 
 __all__ = ["FishMask"]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor import method as base
-from pefttutor.evaluation import collator, evaluating
-from pefttutor.selective import entries
-from pefttutor.selective.choice import check_examples, exact_share, without_values
-from pefttutor.selective.information import fisher_information
+from pefttutor.data.batches import collator
+from pefttutor.data.evaluation import evaluating
+from pefttutor.parts import entries
+from pefttutor.parts.information import fisher_information
+from pefttutor.parts.ranking import check_examples, exact_share, without_values
 
 __all__ = ["FishDip"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pefttutor.selective.choice import exact_share
-from pefttutor.selective.entries import check_fraction, train_tensors
+from pefttutor.parts.entries import check_fraction, train_tensors
+from pefttutor.parts.ranking import exact_share
 
 __all__ = ["LastLayers", "below", "blocks"]
 

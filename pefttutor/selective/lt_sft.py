@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pefttutor import method as base
 from pefttutor.kernels.sparse_adamw import read
-from pefttutor.selective import entries
-from pefttutor.selective.shadow import check_called
+from pefttutor.parts import entries
+from pefttutor.parts.shadow import check_called
 
 __all__ = ["LTSFT", "add_differences", "difference"]
 

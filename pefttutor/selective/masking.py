@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor import method as base
-from pefttutor.selective import entries
-from pefttutor.selective.shadow import check_called, owners, shadow
+from pefttutor.parts import entries
+from pefttutor.parts.shadow import check_called, owners, shadow
 
 __all__ = ["Masking", "packed_masks"]
 

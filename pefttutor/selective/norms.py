@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pefttutor.selective.entries import train_tensors
+from pefttutor.parts.entries import train_tensors
 
 __all__ = ["LayerNormTuning"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pefttutor.selective import entries
+from pefttutor.parts import entries
 
 __all__ = ["PaFi"]
 

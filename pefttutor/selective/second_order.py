@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.encoding import count_targets, predicts_next
-from pefttutor.evaluation import Collate, collator, evaluating
-from pefttutor.selective import entries
-from pefttutor.selective.choice import check_examples, without_values
-from pefttutor.selective.information import fisher_information
+from pefttutor.data.batches import Collate, collator, count_targets, predicts_next
+from pefttutor.data.evaluation import evaluating
+from pefttutor.parts import entries
+from pefttutor.parts.information import fisher_information
+from pefttutor.parts.ranking import check_examples, without_values
 
 __all__ = ["SecondOrderMask", "second_order_scores"]
 

@@ -24,7 +24,7 @@ def choices(source: Any, name: str = "mask") -> dict[str, dict[str, Tensor]]:
     Raises: ValueError for anything else, for choices that aren't over the same tensors, and for NaN.
     """
     if isinstance(source, nn.Module):
-        from pefttutor.selective.entries import masks
+        from pefttutor.parts.entries import masks
 
         found = {name: _of_the_base(masks(source))}
     elif isinstance(source, Mapping) and source and all(isinstance(v, Tensor) for v in source.values()):
@@ -68,7 +68,7 @@ def at_fraction(tensors: Tensors, fraction: float) -> dict[str, Tensor]:
     """Masks as they are; of scores, the largest `fraction` over all tensors together."""
     if all(t.dtype == torch.bool for t in tensors.values()):
         return dict(tensors)
-    from pefttutor.selective.entries import largest_share
+    from pefttutor.parts.entries import largest_share
 
     return largest_share(tensors, fraction)
 

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from pefttutor.kernels import fisher, per_sample
 from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
-from pefttutor.selective.information import fisher_information
+from pefttutor.parts.information import fisher_information
 
 F64 = torch.float64
 

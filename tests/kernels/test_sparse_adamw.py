@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from pefttutor.kernels import chosen, sparse_adamw
+from pefttutor.kernels import flat_entries, sparse_adamw
 from pefttutor.kernels.sparse_adamw import (
     SparseAdamW,
     SparseSGD,
@@ -204,7 +204,7 @@ def test_a_closure_is_called_once_with_gradients_on():
 
 @pytest.mark.parametrize("short", [True, False])
 def test_writing_works_where_torch_scatters_by_int64_only(monkeypatch, short):
-    monkeypatch.setattr(chosen, "_SHORT", chosen._SHORT and short)
+    monkeypatch.setattr(flat_entries, "_SHORT", flat_entries._SHORT and short)
     tensor, index = torch.zeros(2, 3), torch.tensor([5, 1], dtype=torch.int32)
     write(tensor, index, torch.tensor([7.0, 8.0]))
     assert tensor.tolist() == [[0, 8, 0], [0, 0, 7]]

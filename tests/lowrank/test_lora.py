@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pefttutor import LoRA, freeze, trainable
-from pefttutor.lowrank.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
+from pefttutor.parts.lowrank_layer import LoRAEmbedding, LoRALayer, LoRALinear
 
 F64 = torch.float64
 

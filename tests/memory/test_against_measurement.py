@@ -5,8 +5,8 @@ import torch
 
 import pefttutor
 from pefttutor import memory
-from pefttutor.losses import causal_lm_loss
 from pefttutor.memory.measured import watch_saved
+from pefttutor.train.losses import causal_lm_loss
 from tests.memory.models import KINDS, batch_of, estimated_and_measured, method_of, model_of
 
 GRID = [
@@ -79,6 +79,6 @@ def test_the_lean_loss(kind, how, monkeypatch):
                 ),
             )
 
-        monkeypatch.setattr("pefttutor.losses.recompute_activations", both)
+        monkeypatch.setattr("pefttutor.train.losses.recompute_activations", both)
         causal_lm_loss(model, batch_of(kind, 2, 24)).backward()
     assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.05)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pefttutor import ChildTuningD, ChildTuningF, FishMask, adapted, fit, load, save, trainable
-from pefttutor.selective.entries import masks
-from pefttutor.selective.information import fisher_information
+from pefttutor.parts.entries import masks
+from pefttutor.parts.information import fisher_information
 from tests.tiny import class_examples, language_examples, llama, llama_classifier, weights
 
 CLOSE = {"rtol": 2e-5, "atol": 1e-12}  # Llama's norms are computed in float32, whatever the model's dtype

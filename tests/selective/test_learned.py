@@ -25,9 +25,9 @@ from pefttutor import (
     save,
     trainable,
 )
+from pefttutor.parts.entries import entries, largest, masks
 from pefttutor.selective.auto_freeze import settled
 from pefttutor.selective.diff_pruning import gate, open_probability
-from pefttutor.selective.entries import entries, largest, masks
 from pefttutor.selective.fish_dip import losses
 from pefttutor.selective.lt_sft import add_differences, difference
 from pefttutor.selective.masking import packed_masks
@@ -241,7 +241,7 @@ def test_signed_sums_choose_otherwise_than_sums_of_squares():
     model, examples = llama_classifier(), class_examples()
     gradient = total_gradient(model, examples)
     model.requires_grad_(True)
-    from pefttutor.encoding import collate
+    from pefttutor.data.batches import collate
 
     model(**collate(examples)).loss.backward()
     for name, p in model.named_parameters():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pefttutor import LTSFT, fit
-from pefttutor.selective.entries import entries
+from pefttutor.parts.entries import entries
 from pefttutor.selective.lt_sft import difference
 from tests.tiny import class_examples, language_examples, llama, llama_classifier, weights
 

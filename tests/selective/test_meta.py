@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 from pefttutor import ChildTuningD, FishDip, FishMask, PaFi, SecondOrderMask
 from pefttutor.memory import estimate
-from pefttutor.selective.choice import exact_share, largest_share
-from pefttutor.selective.entries import entries
+from pefttutor.parts.entries import entries
+from pefttutor.parts.ranking import exact_share, largest_share
 from tests.tiny import class_examples, llama, llama_classifier
 
 CONFIG = LlamaConfig(

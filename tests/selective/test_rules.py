@@ -21,7 +21,7 @@ from pefttutor import (
     save,
     trainable,
 )
-from pefttutor.selective.cached import CachedPrefix
+from pefttutor.parts.cached_prefix import CachedPrefix
 from pefttutor.selective.layers import blocks
 from tests.tiny import class_examples, language_examples, llama, llama_classifier, weights
 

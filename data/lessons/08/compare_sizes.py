@@ -11,7 +11,7 @@ Lesson 08 reads the table, compare_sizes.jsonl.
 import copy
 
 import pefttutor
-from pefttutor.runs import compare, drawn, prepared
+from pefttutor.authoring.tables import compare, drawn, prepared
 
 MODEL, TASK, HEAD, BATCH = "campus-nano", "sentiment", ("score",), 16
 SIZES = [16, 64, 256, 1000]

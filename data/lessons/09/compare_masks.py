@@ -15,9 +15,9 @@ from functools import cache
 import torch
 
 import pefttutor
-from pefttutor.runs import compare, drawn, prepared
-from pefttutor.selective import entries
-from pefttutor.selective.information import fisher_information
+from pefttutor.authoring.tables import compare, drawn, prepared
+from pefttutor.parts import entries
+from pefttutor.parts.information import fisher_information
 
 MODEL, HEAD, BATCH = "campus-nano", ("score",), 16
 CASES = [("sentiment", 64, 100), ("topic", 64, 100), ("sentiment", 64, 30)]  # task, examples, steps

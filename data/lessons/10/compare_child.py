@@ -16,8 +16,8 @@ from functools import cache
 import torch
 
 import pefttutor
-from pefttutor.runs import compare, drawn, prepared
-from pefttutor.selective import entries
+from pefttutor.authoring.tables import compare, drawn, prepared
+from pefttutor.parts import entries
 
 MODEL, HEAD, P, STEPS, BATCH = "campus-nano", ("score",), 0.3, 60, 16
 CASES = [("sentiment", 64), ("topic", 256)]

@@ -18,8 +18,8 @@ import copy
 import torch
 
 import pefttutor
-from pefttutor.runs import compare, drawn, prepared
-from pefttutor.selective import entries
+from pefttutor.authoring.tables import compare, drawn, prepared
+from pefttutor.parts import entries
 
 MODEL, HEAD = "campus-nano", ("score",)
 TASK, EXAMPLES = "sentiment", 256

@@ -16,7 +16,7 @@ import torch
 
 import pefttutor
 from pefttutor import data, models
-from pefttutor.runs import Table, provenance
+from pefttutor.authoring.tables import Table, provenance
 from pefttutor.selective.lt_sft import add_differences, difference
 
 MODEL, HEAD = "campus-nano", ("score",)

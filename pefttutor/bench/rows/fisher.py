@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pefttutor.bench.row import Row, Side, Step
-from pefttutor.selective.information import fisher_information
+from pefttutor.parts.information import fisher_information
 
 BATCH, BATCHES, SEQUENCE = 16, 4, 32
 

@@ -27,8 +27,8 @@ def build(side: Side, seed: int) -> Step:
     if side == "bound":
         return lambda: _frozen_step(model.requires_grad_(False), batch)
     if side == "ours":
-        from pefttutor.losses import causal_lm_loss
         from pefttutor.lowrank.lora import LoRA
+        from pefttutor.train.losses import causal_lm_loss
 
         LoRA(r=R, lora_alpha=2 * R, target_modules=TARGETS).attach(model)
         trained = _trained(model, seed)

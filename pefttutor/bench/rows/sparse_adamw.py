@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pefttutor.bench.row import Row, Side, Step
-from pefttutor.kernels.chosen import read, write
+from pefttutor.kernels.flat_entries import read, write
 from pefttutor.kernels.sparse_adamw import SparseAdamW
 from pefttutor.kernels.threads import share
 

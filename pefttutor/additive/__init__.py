@@ -1,0 +1,5 @@
+"""Additive methods (chapter 4.2): new parameters on the input, inside of the model, or on its output."""
+
+from pefttutor.additive.inside.pasta import PASTA
+
+__all__ = ["PASTA"]

@@ -1,0 +1,134 @@
+"""Fisher information of a model's parameters on some examples: how much each entry matters for what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pefttutor.data.batches import Collate, collator, predicts_next
+from pefttutor.data.evaluation import evaluating
+from pefttutor.kernels.fisher import add_squared_gradients, check_finite, no_squares
+
+__all__ = ["fisher_information"]
+
+LogLikelihood = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+@torch.inference_mode(False)  # there would be no gradient
+def fisher_information(
+    model: nn.Module,
+    examples: Sequence[Any],
+    *,
+    expected: bool = False,
+    samples: int | None = None,
+    batch_size: int = 8,
+    max_bytes: int = 1 << 26,
+    collate: Collate | None = None,
+    log_likelihood: LogLikelihood | None = None,
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information of every parameter, trained or not; the model is left as it was.
+
+    F_i = (1/|D|) Σ_s (∂ log p(y_s | x_s) / ∂θ_i)²                          empirical, y_s the example's label
+    F_i = (1/|D|) Σ_s Σ_y p(y | x_s) (∂ log p(y | x_s) / ∂θ_i)²             expected=True: no label is used
+
+    Every example's gradient is squared on its own, in evaluation mode (no dropout). For a language model
+    log p(y | x) is the sum over the labelled tokens. Parameters of integers (quantized ones) have none.
+
+    samples: the first so many examples; None takes all.
+    max_bytes: of the gradient that exists beside the result (see `squared_gradients`).
+    log_likelihood(model, batch) → one value an example, for a model that doesn't take `labels` as transformers' do.
+
+    Shapes: by name, those of the parameters.
+    Cost: about one training step a batch (C times the backward for C classes if expected).
+    Raises: ValueError for samples or batch_size below 1, without examples or labels, for labels that aren't classes
+        or tokens; FloatingPointError if a loss or gradient isn't finite.
+    Source: chapter eq. 4.8 and 4.9; Sung et al. 2021, arXiv:2111.09839, eq. 3 and 4.
+    """
+    for name, given in (("samples", samples), ("batch_size", batch_size)):
+        if given is not None and given < 1:
+            raise ValueError(f"fisher_information: {name} is {given}, expected at least 1")
+    chosen = [examples[i] for i in range(min(len(examples), samples or len(examples)))]
+    if not chosen:
+        raise ValueError("fisher_information needs at least one example, and there is none.")
+    if log_likelihood is None and not expected and any("labels" not in example for example in chosen):
+        raise ValueError(
+            "the empirical Fisher information needs labels, and an example has only "
+            f"{', '.join(chosen[0])}: add labels, or ask for expected=True."
+        )
+    stack, device = collate or collator(model), next(model.parameters()).device
+    value = log_likelihood or (_expected if expected else _empirical)
+    first = min(2, batch_size)  # with two, proving what a layer's rows are costs least
+    starts = [0, *range(first, len(chosen), batch_size)]
+    trusted: set[nn.Module] = set()
+    with evaluating(model), _all_trained(model):
+        total = no_squares(model)
+        for start, end in pairwise([*starts, len(chosen)]):
+            batch = {k: v.to(device) for k, v in stack(chosen[start:end]).items()}
+            trusted = add_squared_gradients(
+                model,
+                partial(value, model, batch),
+                total,
+                samples=len(next(iter(batch.values()))),
+                max_bytes=max_bytes,
+                trusted=trusted,
+            )
+    check_finite(total)
+    return {name: value.div_(len(chosen)) for name, value in total.items()}
+
+
+@contextmanager
+def _all_trained(model: nn.Module) -> Iterator[None]:
+    """Within the block every parameter requires a gradient, except integers; then each as before."""
+    before = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
+    try:
+        for p in before:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, requires_grad in before.items():
+            p.requires_grad_(requires_grad)
+
+
+def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift and "labels" in batch and batch["labels"].dim() == 2 and "decoder_input_ids" not in batch:
+        inputs["decoder_input_ids"] = shift(
+            batch["labels"]
+        )  # an encoder and a decoder, which reads the labels
+    return model(**inputs).logits
+
+
+def _empirical(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """log p(label | input) of each example. Shapes: → (B)."""
+    labels = batch["labels"]
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}, expected classes or tokens as integers; for anything "
+            "else give log_likelihood, for a regression −(prediction − label)² / 2 of each example"
+        )
+    logits = _logits(model, batch)
+    if labels.dim() == 1:
+        return -cross_entropy(logits, labels, reduction="none")
+    if predicts_next(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # −100 counts 0
+
+
+def _expected(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """√p(y | x) · log p(y | x) for each class: its squared gradient is the class's share. Shapes: → (C, B)."""
+    logits = _logits(model, batch)
+    if logits.dim() != 2:
+        raise ValueError(
+            f"expected=True sums over all labels, and the logits are {tuple(logits.shape)}, a label for each token; "
+            "expected (batch, classes). Use the empirical information, or sample labels from the model."
+        )
+    logp = logits.log_softmax(-1)
+    return (logp.detach().exp().sqrt() * logp).t()

@@ -1,0 +1,117 @@
+"""Tables of training runs: trained once, resumed, thrown away with their script, searched at the window's edge."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pefttutor.authoring import tables as runs
+
+HEADER = {"command": "python data/lessons/99/try.py", "seeds": [0, 1], "search_seeds": [7, 8]}
+
+
+class Trained:
+    """Validation is best at the rate `best`; every run is noted."""
+
+    def __init__(self, best):
+        self.best, self.calls = best, []
+
+    def __call__(self, way, lr, seed):
+        self.calls.append((way, lr, seed))
+        return {"validation": 1 - abs(lr - self.best) + 0.001 * seed, "test": lr / 3}
+
+
+def table(path, train, header=HEADER):
+    return runs.Table(path, header, ("way", "lr", "seed"), train)
+
+
+def test_a_run_is_trained_once_and_stands_in_the_file_at_once(tmp_path):
+    train, path = Trained(2), tmp_path / "try.jsonl"
+    opened = table(path, train)
+    first = opened["a", 1, 0]
+    assert opened["a", 1, 0] == first == {"way": "a", "lr": 1, "seed": 0, "validation": 0.0, "test": 0.333333}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [HEADER, first]
+    again = table(path, train)
+    assert again["a", 1, 0] == first
+    assert train.calls == [("a", 1, 0)]
+
+
+def test_a_row_made_under_another_header_is_trained_again(tmp_path):
+    train, path = Trained(2), tmp_path / "try.jsonl"
+    table(path, train)["a", 1, 0]
+    table(path, train, HEADER | {"script_sha256": "other"})["a", 1, 0]
+    assert len(train.calls) == 2
+    assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("best", [1, 2, 3, 4, 5, 6])
+def test_the_search_leaves_the_window_only_where_the_best_lies_at_its_edge(tmp_path, best):
+    train = Trained(best)
+    rates = [1, 2, 3, 4, 5, 6]
+    assert table(tmp_path / "try.jsonl", train).best_rate(("a",), rates, (3, 4), seeds=(7, 8)) == best
+    tried = {lr for _, lr, _ in train.calls}
+    assert tried == set(range(min(3, best - 1) or 1, max(4, min(best + 1, 6)) + 1)) & set(rates)
+
+
+def test_of_equal_rates_the_smaller_one_is_taken(tmp_path):
+    level = table(tmp_path / "try.jsonl", lambda way, lr, seed: {"validation": 0.5})
+    assert level.best_rate(("a",), [1, 2, 3], (1, 3), seeds=(7,)) == 1
+
+
+@pytest.fixture
+def lesson(tmp_path, monkeypatch):
+    """A data folder with a model, a task and a lesson, whose script has run."""
+    monkeypatch.setenv("PEFTTUTOR_DATA", str(tmp_path))
+    for folder in ("models/m", "tasks/t", "lessons/99"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "models/m/model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tasks/t/task.json").write_text('{"fingerprint": "f"}')
+    script = tmp_path / "lessons/99/try.py"
+    script.write_text("pass")
+    where = {"columns": ["way"], "rates": [1, 2, 3], "model": "m", "tasks": ["t"], "steps": 60}
+    runs.compare(
+        script, Trained(2), {("a",): (1, 3), ("b",): (1, 2)}, seeds=range(2), search_seeds=[7, 8], **where
+    )
+    return tmp_path
+
+
+def test_the_lesson_reads_what_the_script_compared(lesson):
+    header, rows = runs.read("99/try.jsonl")
+    assert header["command"] == "python data/lessons/99/try.py"
+    assert (header["tasks"], header["steps"], header["seeds"]) == ({"t": "f"}, 60, [0, 1])
+    assert len(rows) == 2 * (
+        3 * 2 + 2
+    )  # two ways: three rates by the seeds of the search, then the best by all
+    found = runs.best(header, rows)
+    assert {case: [(row["lr"], row["seed"]) for row in by_seed] for case, by_seed in found.items()} == {
+        ("a",): [(2, 0), (2, 1)],
+        ("b",): [(2, 0), (2, 1)],
+    }
+
+
+def test_of_equal_rates_the_lesson_takes_the_one_that_the_script_took():
+    header = {"search_seeds": [7], "seeds": [0]}
+    rows = [{"way": "a", "lr": lr, "seed": 7, "validation": 0.5} for lr in (3, 1, 2)]
+    rows.append({"way": "a", "lr": 1, "seed": 0, "validation": 0.4})
+    assert runs.best(header, rows) == {("a",): [rows[-1]]}
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("lessons/99/try.py", "script"), ("models/m/model.safetensors", "model")]
+)
+def test_a_table_of_another_script_or_model_is_refused(lesson, file, what):
+    (lesson / file).write_bytes(b"changed")
+    with pytest.raises(ValueError, match=rf"another {what} .*run python data/lessons/99/try\.py"):
+        runs.read("99/try.jsonl")
+
+
+def test_a_seed_draws_the_same_examples_and_another_draws_others():
+    first, other = (runs.drawn("campus-nano", "sentiment", 5, seed) for seed in (0, 1))
+    runs.drawn.cache_clear()
+    again = runs.drawn("campus-nano", "sentiment", 5, 0)
+    as_lists = [[e["input_ids"].tolist() for e in examples] for examples in (first, again, other)]
+    assert as_lists[0] == as_lists[1] != as_lists[2]
+    model, splits = runs.prepared("campus-nano", "sentiment")
+    assert model.config.num_labels == 2
+    assert set(splits) == {"train", "validation", "test"}

@@ -1,0 +1,127 @@
+"""From rows to tensors: what is encoded, what is padded, what counts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pefttutor.data.batches import collate, count_targets, predicts_next
+from pefttutor.data.encoding import answer_ids, encode, prompt_ids
+from tests.tiny import bert, llama, llama_classifier, tokenizer
+
+TOKENIZER = tokenizer()
+
+
+def test_classification_takes_text_and_label() -> None:
+    (example,) = encode([{"text": "A bad day", "label": 2, "prompt": "x", "answer": "y"}], TOKENIZER)
+    assert TOKENIZER.decode(example["input_ids"]) == "<s>A bad day"
+    assert example["labels"].shape == ()
+    assert example["labels"] == 2
+    assert example["attention_mask"].tolist() == [1] * len(example["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["generation", "lm", None])
+def test_generation_learns_the_answer_and_its_end_only(kind: str | None) -> None:
+    (example,) = encode([{"prompt": "The baker likes Answer:", "answer": " yes"}], TOKENIZER, kind=kind)
+    learned = example["labels"] != -100
+    assert TOKENIZER.decode(example["input_ids"]) == "<s>The baker likes Answer: yes</s>"
+    assert TOKENIZER.decode(example["input_ids"][learned]) == " yes</s>"
+    assert torch.equal(example["labels"][learned], example["input_ids"][learned])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("Answer: ", "yes"), ("Answer:", " yes"), ("Answer:\n", "yes")]
+)
+def test_prompt_and_answer_are_cut_where_the_tokens_are(prompt: str, answer: str) -> None:
+    (example,) = encode([{"prompt": prompt, "answer": answer}], TOKENIZER)
+    assert example["input_ids"].tolist() == [*TOKENIZER(prompt + answer)["input_ids"], TOKENIZER.eos_token_id]
+    ids, blanks = prompt_ids(TOKENIZER, prompt)
+    learned = example["labels"] != -100
+    assert example["labels"][learned].tolist()[:-1] == answer_ids(TOKENIZER, blanks, answer)
+    assert example["input_ids"][~learned].tolist() == ids
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt() -> None:
+    from tokenizers import processors
+
+    closing = tokenizer()
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <sep>", special_tokens=[("<s>", 1), ("<sep>", 5)]
+    )
+    assert closing("Answer:")["input_ids"][-1] == 5
+    assert prompt_ids(closing, "Answer:")[0] == TOKENIZER("Answer:")["input_ids"]
+    assert prompt_ids(closing, "Answer:<sep>")[0][-1] == 5  # that one was asked for
+
+
+def test_too_long_keeps_the_start_of_a_text_and_the_end_of_a_prompt() -> None:
+    words = "The baker likes the good bread. " * 9
+    (text,) = encode([{"text": words, "label": 0}], TOKENIZER, max_length=8)
+    assert text["input_ids"].tolist() == TOKENIZER(words)["input_ids"][:8]
+    (row,) = encode([{"prompt": words + "Answer:", "answer": " yes"}], TOKENIZER, max_length=8)
+    assert len(row["input_ids"]) == 8
+    assert TOKENIZER.decode(row["input_ids"]).endswith("Answer: yes</s>")
+    (row,) = encode([{"prompt": "Answer:", "answer": words}], TOKENIZER, max_length=8)
+    assert (row["labels"] != -100).tolist() == [False] + [True] * 7  # something is left to predict from
+
+
+def test_tagging_labels_the_last_piece_of_each_word() -> None:
+    words = ["The", "unbreakable", "bread"]
+    (example,) = encode([{"tokens": words, "tags": [1, 0, 2]}], TOKENIZER)
+    assert TOKENIZER.decode(example["input_ids"]) == "<s>The unbreakable bread"
+    at = (example["labels"] != -100).nonzero().flatten().tolist()
+    assert example["labels"][at].tolist() == [1, 0, 2]
+    ends = [TOKENIZER.decode(example["input_ids"][: end + 1]) for end in at]
+    assert ends == ["<s>The", "<s>The unbreakable", "<s>The unbreakable bread"]
+
+
+def test_encode_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"kind='images' is unknown; expected one of classification, generation"
+    ):
+        encode([], TOKENIZER, kind="images")
+    with pytest.raises(ValueError, match=r"needs the columns text, label; this split has text"):
+        encode([{"text": "a"}], TOKENIZER, kind="classification")
+    with pytest.raises(ValueError, match=r"a row has 2 tokens but 1 tags"):
+        encode([{"tokens": ["a", "b"], "tags": [1]}], TOKENIZER)
+
+
+def test_collate_pads_each_key_its_own_way() -> None:
+    rows = [
+        {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(ids)), "labels": torch.tensor(ids)}
+        for ids in ([5, 6, 7], [8])
+    ]
+    right, left = collate(rows, 9), collate(rows, 9, side="left")
+    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert right["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert left["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert left["labels"].tolist() == [[5, 6, 7], [-100, -100, 8]]
+    scalars: list[dict[str, Any]] = [{"labels": torch.tensor(1)}, {"labels": torch.tensor(0)}]
+    assert collate(scalars)["labels"].tolist() == [1, 0]
+    matrices = [{"x": torch.ones(n, 2)} for n in (1, 3)]
+    assert collate(matrices)["x"].sum(-1).tolist() == [[2, 0, 0], [2, 2, 2]]
+    with pytest.raises(ValueError, match="side='top' is unknown"):
+        collate(rows, side="top")
+    with pytest.raises(ValueError, match="all examples need the same keys"):
+        collate([rows[0], {"input_ids": torch.tensor([1])}])
+
+
+def test_padding_changes_neither_side_of_a_models_answer() -> None:
+    model = llama()
+    ids = torch.tensor(TOKENIZER("The baker likes bread.")["input_ids"])
+    rows = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in (ids, ids[:3])]
+    alone = model(**collate(rows[1:])).logits[0]
+    assert torch.allclose(model(**collate(rows)).logits[1, :3], alone, atol=1e-5)
+    left = collate(rows, side="left")
+    positions = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert torch.allclose(model(**left, position_ids=positions).logits[1, -3:], alone, atol=1e-5)
+
+
+def test_what_a_loss_averages_over() -> None:
+    labels = torch.tensor([[5, -100, 6], [-100, 7, -100]])
+    assert count_targets({"labels": labels}, shifted=False) == 3
+    assert count_targets({"labels": labels}, shifted=True) == 2
+    assert count_targets({"labels": torch.tensor([0, 1, 1])}, shifted=True) == 3
+    assert count_targets({"labels": torch.tensor([0.5, 1.5])}, shifted=True) == 2
+    assert count_targets({"x": torch.ones(4, 2)}, shifted=True) == 4
+    assert [predicts_next(model) for model in (llama(), llama_classifier(), bert())] == [True, False, False]
