@@ -6,6 +6,7 @@
     model = method.attach(model)                 # freezes the base, adds what trains
     pefttutor.fit(model, batches, steps=200)
     pefttutor.save(model, "my-adapter")
+    pefttutor.detach(model)                      # the base again, bit for bit
 
 Everything is loaded when it is first asked for, so `import pefttutor` alone doesn't even import torch.
 """
@@ -28,8 +29,15 @@ if TYPE_CHECKING:
     from pefttutor.catalog import methods as methods
     from pefttutor.lowrank import *  # noqa: F403
     from pefttutor.method import adapted as adapted
+    from pefttutor.method import attached as attached
+    from pefttutor.method import detach as detach
     from pefttutor.method import freeze as freeze
+    from pefttutor.method import merge as merge
+    from pefttutor.method import switch as switch
     from pefttutor.method import trainable as trainable
+    from pefttutor.method import unmerge as unmerge
+    from pefttutor.parts.cached_prefix import CachedPrefix as CachedPrefix
+    from pefttutor.parts.information import fisher_information as fisher_information
     from pefttutor.saving.adapters import load as load
     from pefttutor.saving.adapters import save as save
     from pefttutor.selective import *  # noqa: F403
@@ -39,9 +47,11 @@ if TYPE_CHECKING:
     from pefttutor.train import fit as fit
 
 _FUNCTIONS = {
-    "adapted": "method",
-    "freeze": "method",
-    "trainable": "method",
+    **dict.fromkeys(
+        ("adapted", "attached", "detach", "freeze", "merge", "switch", "trainable", "unmerge"), "method"
+    ),
+    "CachedPrefix": "parts.cached_prefix",
+    "fisher_information": "parts.information",
     "load": "saving.adapters",
     "save": "saving.adapters",
     "History": "train",

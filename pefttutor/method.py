@@ -1,202 +1,276 @@
-"""What all methods share: their one shape, freezing, finding and replacing layers, and counting what trains.
+"""The neck between methods and the rest: what a method may say, and what can be done with a model that carries some.
 
-A method is a small frozen dataclass of its hyper-parameters. `attach(model)` freezes the base, adds what trains
-and returns the same model. There is no base class: whatever has these functions is a method.
+A method is a small frozen dataclass of its hyper-parameters. `attach(model)` freezes the base, adds what trains and
+returns the same model. There is no base class: whatever has these functions is a method. What it has put into the
+model is an attachment with a name, so that several methods can stand side by side on one model:
+
+    model = LoRA(r=8).attach(model, name="german")
+    model = BitFit().attach(model, name="bank")
+    pefttutor.switch(model, "german")          # "bank" has no effect from now on
+    pefttutor.merge(model)                     # fold what is active into the weights
+    pefttutor.detach(model, "bank")            # and the base is as if it had never been there
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from pefttutor.parts.modules import adopt, find_modules, replace_module
+from pefttutor.parts.attachment import (
+    DEFAULT,
+    Attachment,
+    Attachments,
+    attaching,
+    attachments,
+    check_apart,
+    find,
+)
+from pefttutor.parts.checkpointing import close_to_checkpointing
+from pefttutor.parts.freezing import freeze, trainable
 
 __all__ = [
+    "DEFAULT",
+    "Attachment",
+    "Counts",
     "Method",
+    "Trains",
     "adapted",
-    "adopt",
-    "described_base",
-    "find_modules",
+    "attached",
+    "attaching",
+    "detach",
+    "find",
     "freeze",
-    "mark",
+    "merge",
     "merged",
-    "refuse_adapted",
-    "replace_module",
-    "saved_tensors",
-    "switch_merged",
+    "switch",
     "trainable",
-    "unmark",
+    "trained_by",
+    "unmerge",
 ]
+
+
+# ---- what a method may say, by who asks
 
 
 @runtime_checkable
 class Method(Protocol):
-    """The one shape of every method. Only `attach` is needed; `fit` calls the others where a method has them.
+    """The one shape of every method."""
 
-    penalty(model) -> Tensor                  added to the loss of every batch
-    after_backward(model, step) -> None       gradients are complete, the optimizer hasn't stepped (masks)
-    after_step(model, step) -> None           the optimizer has stepped, gradients are still there (budgets)
-    optimizer(model, *, lr, weight_decay) -> torch.optim.Optimizer      instead of AdamW
-    merge(model), unmerge(model) -> model     fold the change into the weights, take it out again
-    count(model) -> int                       trained parameters by the closed formula, without attaching
-    restore(model, tensors) -> model          `attach` with what was saved, where attaching anew would choose again
-    loaded(model) -> None                     the saved values have been copied in
-    trace(layer, x, tape, kind) -> Paper      what a layer that `attach` put in keeps for the backward pass, for
-                                              `pefttutor.memory`; None for any other layer. Without it, such a layer
-                                              is run alone, without values. A block that `attach` gave parameters of
-                                              its own is asked about too, and its input is what is returned
-    memory(model) -> dict                     {"gradients": n, "optimizer": n}: for how many values they are kept, where
-                                              these aren't all that train
+    def attach(self, model: nn.Module, *sources: Any, name: str = DEFAULT) -> nn.Module:
+        """Freeze the base, add what trains under `name`, and return the model (see `parts.attachment.attaching`).
+
+        sources: what the method has to look at, such as data, masks or other models; never a field of the method.
+        """
+
+
+class Trains(Protocol):
+    """What `fit` and the Trainer's callback ask of a method, where it has them; steps are counted from 0."""
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Added to the loss of every step."""
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """The gradients are complete and the optimizer hasn't stepped: a mask of gradients, a decision by them."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """The optimizer has stepped and the gradients are still there: budgets, a merge and restart."""
+
+    def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """The optimizer of all that trains, in AdamW's place."""
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """What memory asks of a method, where it has it."""
+
+    def count(self, model: nn.Module) -> int:
+        """Trained parameters by the closed formula, without attaching."""
+
+
+# ---- what a model carries
+
+
+def attached(model: nn.Module) -> dict[str, Attachment]:
+    """The attachments of `model`, or of a part of it, by name and in the order of attaching; empty for a plain model.
+
+    >>> attached(nn.Linear(2, 2))
+    {}
     """
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze the base, add what trains, mark the model (see `mark`) and return it."""
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """Stop training every parameter of `model`, and drop the gradients left from before."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    return model
+    for module in model.modules():
+        if "_pefttutor" in vars(module):
+            return dict(attachments(module).by_name)  # type: ignore[union-attr]
+    return {}
 
 
-def trainable(model: nn.Module) -> dict[str, int]:
-    """Name and number of values of every parameter that trains; a shared parameter counts once."""
-    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+def adapted(model: nn.Module, name: str | None = None) -> Any:
+    """The method attached to `model` under `name`, or the first one; None for a plain model.
 
-
-# ---- which model carries which method
-
-
-@dataclasses.dataclass
-class _Mark:
-    """What `attach` leaves on a model."""
-
-    method: Method
-    names: tuple[str, ...]  # of the tensors that the method added or trains: what is saved
-    merged: bool = False
-    described: dict[str, Any] | None = None  # the base, where training changes it in place
-
-
-def mark(
-    model: nn.Module, method: Method, *, buffers: Iterable[str] = (), described: dict[str, Any] | None = None
-) -> nn.Module:
-    """Note on `model` that `method` is attached: the last thing that every `attach` does.
-
-    What requires a gradient now, and the named buffers, are what `pefttutor.save` will save. `described` is
-    `describe_base` of the model as it came, for a method that changes the base's own weights.
+    Raises: ValueError for a name that isn't there.
     """
-    vars(model)["_pefttutor"] = _Mark(method, (*trainable(model), *buffers), described=described)
-    _open_to_checkpointing(model)
-    return model
+    if name is not None:
+        there = attached(model)
+        return there[name].method if name in there else find(model, name).method
+    return next((attachment.method for attachment in attached(model).values()), None)
 
 
-def unmark(model: nn.Module) -> None:
-    """Forget that a method is attached, for a method that attaches anew with another choice."""
-    vars(model).pop("_pefttutor", None)
+def trained_by(model: nn.Module, method: Any) -> list[nn.Parameter]:
+    """What the attachments of this method train at the moment, for a hook that is to touch nothing else.
 
-
-def _find_mark(model: nn.Module) -> tuple[str, _Mark] | None:
-    for name, module in model.named_modules():
-        found = vars(module).get("_pefttutor")
-        if found is not None:
-            return name, found
-    return None
-
-
-def adapted(model: nn.Module) -> Method | None:
-    """The method attached to `model` or to a part of it; None for a plain model."""
-    found = _find_mark(model)
-    return found[1].method if found else None
-
-
-def refuse_adapted(model: nn.Module) -> None:
-    """Raise RuntimeError if a method is attached to `model`: the first thing that every `attach` does."""
-    method = adapted(model)
-    if method is not None:
-        raise RuntimeError(
-            f"this model is already adapted, by {method}. Load the base model again, then attach."
-        )
+    A method that isn't attached, as one that is given to `fit` alone, is taken to train all that trains.
+    """
+    mine = [a for a in attached(model).values() if a.method is method or a.method == method]
+    if not mine:
+        return [p for p in model.parameters() if p.requires_grad]
+    return list(dict.fromkeys(p for a in mine if a.learns for p in a.trained()))
 
 
 def merged(model: nn.Module) -> bool:
-    """Whether the attached method is folded into the weights at the moment."""
-    found = _find_mark(model)
-    return found is not None and found[1].merged
+    """Whether one of the attachments is folded into the weights at the moment."""
+    return any(attachment.merged for attachment in attached(model).values())
 
 
-def switch_merged(model: nn.Module, method: type, *, to: bool) -> None:
-    """Note that `model` is merged from now on (or isn't). Raises RuntimeError if that changes nothing."""
-    found = _find_mark(model)
-    attached = found[1].method if found else "nothing"
-    if found is None or not isinstance(attached, method):
-        raise RuntimeError(
-            f"merging needs a {method.__name__} attached to this model, and it has {attached}."
-        )
-    if found[1].merged == to:
-        raise RuntimeError(
-            "this model is merged already: call unmerge(model) first."
-            if to
-            else "this model isn't merged, so there is nothing to unmerge."
-        )
-    found[1].merged = to
+def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) -> nn.Module:
+    """Let exactly the named attachments take effect from now on; without names, the model is the plain base.
 
+    train: which of them train when the model is trained next; None lets all of them.
 
-def described_base(model: nn.Module) -> dict[str, Any] | None:
-    """What `mark` was told about the base before training."""
-    found = _find_mark(model)
-    return found[1].described if found else None
-
-
-def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make up the attached method, by name: what it added or trains."""
-    found = _find_mark(model)
-    if found is None:
-        raise ValueError("no method is attached to this model: call attach(model) of a method first.")
-    if found[0]:
-        raise ValueError(f"the method is attached to the part {found[0]!r} of this model: pass that part.")
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    lost = [name for name in found[1].names if name not in tensors]
-    if lost:
-        raise ValueError(f"this model has lost {lost[0]!r}: was a layer replaced after attaching?")
-    return {name: tensors[name].detach() for name in found[1].names}
-
-
-# ---- training a frozen model under activation checkpointing
-
-
-def _open_to_checkpointing(model: nn.Module) -> None:
-    """Let reentrant checkpointing see that there is something to train behind frozen embeddings.
-
-    `torch.utils.checkpoint(use_reentrant=True)` gives a block gradients only if one of its inputs requires one.
-    With frozen embeddings none does, and the adapters inside learn nothing. So their output is made to require
-    one, but only while checkpointing is on: otherwise that would cost a backward pass below the first adapter.
+    Raises: ValueError for a name that isn't there, one that is merged, two that change the same tensor in place, or
+        `train` that names others. Nothing has been changed then.
     """
-    embeddings = set()
-    for module in model.modules():
-        try:
-            embeddings.add(module.get_input_embeddings())  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
+    carried = _carried(model)
+    chosen, learning = [find(model, name) for name in names], names if train is None else train
+    if isinstance(train, str) or not set(learning) <= set(names):
+        raise ValueError(f"train is {train!r}; expected some of the names that are switched on, {names!r}.")
+    changing = [a for a in carried.by_name.values() if a.active != (a in chosen)]
+    for attachment in changing:
+        if attachment.merged:
+            raise ValueError(
+                f"{attachment.name!r} is merged into the weights: pefttutor.unmerge(model) first."
+            )
+    for i, one in enumerate(chosen):
+        check_apart(Attachments({a.name: a for a in chosen[:i]}, None, frozenset()), one, switched=True)
+    for attachment in reversed([a for a in changing if a.active]):
+        _switch(attachment, False)
+    for attachment in [a for a in changing if a in chosen]:
+        _switch(attachment, True)
+    for attachment in chosen:
+        attachment.trains = attachment.name in learning
+    carried.apply(model)
+    return model
+
+
+def _switch(attachment: Attachment, on: bool) -> None:
+    for part in attachment.parts if on else reversed(attachment.parts):
+        part.switch(on)
+    attachment.active = on
+
+
+# ---- folding into the weights, and taking out
+
+
+def merge(model: nn.Module, *names: str) -> nn.Module:
+    """Fold attachments into the weights: the same function at the base's cost. Without names, all that are active.
+
+    The base's weights are kept aside for `unmerge`. To keep the change for good, see `detach`.
+
+    Raises: ValueError for a name that isn't there, an attachment that can't be folded, or one that shares a weight
+        with another; RuntimeError for one that is merged already. Nothing has been changed then.
+    """
+    chosen = _chosen(model, names, [a for a in attached(model).values() if a.active])
+    for attachment in chosen:
+        if attachment.merged:
+            raise RuntimeError(f"{attachment.name!r} is merged already: call unmerge(model) first.")
+        if not attachment.active:
+            raise ValueError(f"{attachment.name!r} is switched off: pefttutor.switch(model, …) first.")
+        _check_foldable(model, attachment, chosen)
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError("merging inside torch.autocast would round the weights: merge outside of it.")
+    for attachment in chosen:
+        for part in attachment.parts:
+            part.fold()
+        attachment.merged = True
+    return model
+
+
+def unmerge(model: nn.Module, *names: str) -> nn.Module:
+    """Put the base's weights back, exactly as they were. Without names, for all that are merged.
+
+    Raises: RuntimeError if nothing is merged, ValueError for a name that isn't there.
+    """
+    chosen = _chosen(model, names, [a for a in attached(model).values() if a.merged])
+    for attachment in chosen:
+        if not attachment.merged:
+            raise RuntimeError(f"{attachment.name!r} isn't merged, so there is nothing to unmerge.")
+    if not chosen:
+        raise RuntimeError("this model isn't merged, so there is nothing to unmerge.")
+    for attachment in reversed(chosen):
+        for part in reversed(attachment.parts):
+            part.unfold()
+        attachment.merged = False
+    return model
+
+
+def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
+    """Take attachments out of the model again, all of them without names.
+
+    The base is then, bit for bit, what it was before. With `keep=True` the base keeps what was learned: the change is
+    folded in for good, and the model is a plain one that `save_pretrained` writes as such.
+
+    Raises: ValueError for a name that isn't there, or with `keep` an attachment that can't be folded in; RuntimeError
+        if nothing is attached. Nothing has been changed then.
+    """
+    carried = _carried(model)
+    chosen = _chosen(model, names, list(carried.by_name.values()))
+    unmerged = [attachment.name for attachment in chosen if not attachment.merged]
+    if keep and unmerged:
+        merge(model, *unmerged)
+    for attachment in reversed(chosen):
+        if keep:
+            for part in attachment.parts:
+                part.keep(model)
+        elif attachment.merged:
+            unmerge(model, attachment.name)
+        if attachment.active and not keep:
+            _switch(attachment, False)
+        for part in reversed(attachment.parts):
+            part.remove()
+        del carried.by_name[attachment.name]
+    carried.apply(model)
+    if not carried.by_name:
+        close_to_checkpointing(model)
+        del vars(model)["_pefttutor"]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in carried.trained)
+    return model
+
+
+def _carried(model: nn.Module) -> Attachments:
+    carried = attachments(model)
+    if carried is None:
+        raise RuntimeError("no method is attached to this model: call attach(model) of a method first.")
+    return carried
+
+
+def _chosen(model: nn.Module, names: tuple[str, ...], otherwise: list[Attachment]) -> list[Attachment]:
+    _carried(model)
+    return [find(model, name) for name in dict.fromkeys(names)] if names else otherwise
+
+
+def _check_foldable(model: nn.Module, attachment: Attachment, together: list[Attachment]) -> None:
+    """Raise ValueError if a part can't be folded, or if the result would depend on another attachment."""
+    for part in attachment.parts:
+        part.check_foldable()
+    for other in attached(model).values():
+        if other in together or not other.active:
             continue
-    for embedding in embeddings:
-        if isinstance(embedding, nn.Module) and not _is_open(model, embedding):
-            embedding.register_forward_hook(partial(_require_gradient, model))
-
-
-def _is_open(model: nn.Module, embedding: nn.Module) -> bool:
-    """Whether that is done already: a method that chooses again attaches several times."""
-    hooks = [hook for hook in embedding._forward_hooks.values() if isinstance(hook, partial)]
-    return any(hook.func is _require_gradient and hook.args[0] is model for hook in hooks)
-
-
-def _require_gradient(model: nn.Module, embedding: nn.Module, args: Any, output: Any) -> None:
-    if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:
-        return
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        output.requires_grad_(True)
+        for theirs in other.parts:
+            for ours in attachment.parts:
+                shared = {id(t) for t in theirs.touched()} & {id(t) for t in ours.touched()}
+                if shared and not (theirs.additive and ours.additive):
+                    raise ValueError(
+                        f"{attachment.name!r} ({type(attachment.method).__name__}) and {other.name!r} "
+                        f"({type(other.method).__name__}) share a weight, so one can't be merged without the other: "
+                        "name both, or switch that one off."
+                    )

@@ -12,17 +12,10 @@ import torch
 from torch import nn
 
 import pefttutor
-from pefttutor.method import (
-    Method,
-    adapted,
-    adopt,
-    find_modules,
-    freeze,
-    mark,
-    replace_module,
-    saved_tensors,
-    trainable,
-)
+from pefttutor.method import Method, adapted, attaching, find, freeze, trainable
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.linear import why_not_linear
+from pefttutor.parts.modules import find_modules
 
 
 def block() -> nn.Module:
@@ -39,11 +32,11 @@ def stack() -> nn.Module:
 class BiasOnly:
     """The smallest method: what another file may look like."""
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        freeze(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith("bias"))
-        return mark(model, self)
+    def attach(self, model: nn.Module, *, name: str = "default") -> nn.Module:
+        with attaching(model, self, name) as new:
+            for part in train_fully(model, [n for n, _ in model.named_parameters() if n.endswith("bias")]):
+                new.add(part)
+        return model
 
 
 # ---- freezing and counting ----
@@ -78,76 +71,46 @@ def test_trainable_counts_a_shared_parameter_once():
 )
 def test_finds_whole_names_endings_and_expressions_in_the_models_order(names, found):
     model = stack()
-    result = find_modules(model, names, (nn.Linear,))
+    result = find_modules(model, names, why_not_linear)
     assert list(result) == found
     assert all(model.get_submodule(name) is module for name, module in result.items())
 
 
 def test_an_ending_means_whole_parts_and_no_expression():
     with pytest.raises(ValueError, match=r"this model has no '\.q'"):
-        find_modules(stack(), (".q",), (nn.Linear,))
+        find_modules(stack(), (".q",), why_not_linear)
     with pytest.raises(ValueError, match=r"this model has no 'm\.re_q'"):
-        find_modules(stack(), ("m.re_q",), (nn.Linear,))
+        find_modules(stack(), ("m.re_q",), why_not_linear)
 
 
 def test_a_shared_layer_is_found_by_any_of_its_names_but_once():
     layer = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": layer, "second": layer})
-    assert list(find_modules(model, ("second",), (nn.Linear,))) == ["second"]
-    assert list(find_modules(model, ("first", "second"), (nn.Linear,))) == ["first"]
+    assert list(find_modules(model, ("second",), why_not_linear)) == ["second"]
+    assert list(find_modules(model, ("first", "second"), why_not_linear)) == ["first"]
 
 
 def test_every_name_that_finds_nothing_is_reported_with_those_that_exist():
     message = "target_modules: this model has no 'kk' and 'vv'. It has: q, more_q."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        find_modules(stack(), ("q", "kk", "vv"), (nn.Linear,))
+        find_modules(stack(), ("q", "kk", "vv"), why_not_linear)
 
 
 def test_a_string_that_finds_nothing_explains_expressions():
     with pytest.raises(ValueError, match=r"A string is a regular expression.*for endings write \('q',\)"):
-        find_modules(stack(), "q", (nn.Linear,))
+        find_modules(stack(), "q", why_not_linear)
     with pytest.raises(ValueError, match="'q\\(' is not a regular expression"):
-        find_modules(stack(), "q(", (nn.Linear,))
+        find_modules(stack(), "q(", why_not_linear)
 
 
 def test_a_model_without_such_layers_says_so_and_a_long_list_is_cut():
     with pytest.raises(ValueError, match="It has no layer that can be adapted"):
-        find_modules(nn.Sequential(nn.ReLU()), ("q",), (nn.Linear,))
+        find_modules(nn.Sequential(nn.ReLU()), ("q",), why_not_linear)
     with pytest.raises(ValueError, match="38, 39 and 5 more"):
-        find_modules(nn.Sequential(*(nn.Linear(1, 1) for _ in range(45))), ("q",), (nn.Linear,))
+        find_modules(nn.Sequential(*(nn.Linear(1, 1) for _ in range(45))), ("q",), why_not_linear)
 
 
-# ---- replacing ----
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_an_adopted_layer_shares_the_parameters_and_leaves_the_old_one_alone():
-    layer = nn.Linear(3, 2).eval()
-    layer.register_buffer("note", torch.ones(1), persistent=False)
-    new = adopt(Doubled, layer)
-    new.extra = nn.Parameter(torch.ones(1))
-    assert new.weight is layer.weight
-    assert not new.training
-    assert set(dict(layer.named_parameters())) == {"weight", "bias"}
-    assert set(new.state_dict()) == {"weight", "bias", "extra"}
-    x = torch.randn(4, 3)
-    assert torch.equal(new(x), 2 * layer(x))
-
-
-def test_a_layer_is_replaced_everywhere():
-    layer = nn.Linear(2, 2)
-    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(nn.ReLU(), layer), "c": nn.Linear(2, 2)})
-    other = model["c"]
-    new = replace_module(model, "b.1", nn.Identity())
-    assert model["a"] is model["b"][1] is new
-    assert model["c"] is other
-
-
-# ---- marking ----
+# ---- attaching ----
 
 
 def test_any_class_with_attach_is_a_method_and_can_be_attached():
@@ -158,20 +121,20 @@ def test_any_class_with_attach_is_a_method_and_can_be_attached():
     assert adapted(model) is None
     method.attach(model)
     assert adapted(model) is adapted(nn.Sequential(model)) is method
-    assert list(saved_tensors(model)) == ["q.bias", "norm.weight", "norm.bias"][::2]
+    assert list(find(model).tensors(model)) == ["q.bias", "norm.weight", "norm.bias"][::2]
 
 
 def test_what_a_method_saves_does_not_depend_on_later_freezing():
     model = BiasOnly().attach(block())
     freeze(model)
-    assert set(saved_tensors(model)) == {"q.bias", "norm.bias"}
+    assert set(find(model).tensors(model)) == {"q.bias", "norm.bias"}
 
 
 def test_a_layer_that_was_replaced_afterwards_is_missed():
     model = BiasOnly().attach(block())
     model["q"] = nn.Linear(4, 4, bias=False)
     with pytest.raises(ValueError, match=r"this model has lost 'q\.bias'"):
-        saved_tensors(model)
+        find(model).tensors(model)
 
 
 # ---- the package ----

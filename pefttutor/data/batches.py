@@ -1,4 +1,4 @@
-"""Batches: `collate` examples into one, and say what a loss over it averages."""
+"""Batches: `collate` examples into one."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-IGNORED = -100  # the label that every loss of transformers leaves out
-_PADDING = {"labels": IGNORED}  # every other key is padded with 0, input_ids with pad_token_id
+from pefttutor.data.targets import IGNORED, aligned, count_targets, predicts_next, weighted
+
+__all__ = [
+    "IGNORED", "Batch", "Collate", "Example", "Loss", "aligned", "collate", "collator", "count_targets",
+    "predicts_next", "weighted",
+]  # fmt: skip
 
 Example = dict[str, Tensor]
 Batch = dict[str, Tensor]
@@ -22,55 +26,56 @@ def collate(
 ) -> dict[str, Tensor]:
     """Pad 1-D tensors to one length and stack them; scalars are stacked as they are.
 
-    input_ids are padded with `pad_token_id`, labels with −100, everything else (attention_mask) with 0.
+    Token numbers (…input_ids) are padded with `pad_token_id`, or 0 where that is no token; labels with −100;
+    everything else (attention_mask) with 0. Of tensors with more dimensions the first one is padded.
 
-    Shapes: n × (seq_i,) → (n, max seq); n × () → (n,).
-    Raises: ValueError for an unknown side or examples with different keys.
+    Shapes: n × (seq_i,) → (n, max seq); n × () → (n,); n × (rows_i, …) → (n, max rows, …).
+    Raises: ValueError for an unknown side, no examples, ones with different keys, or shapes that can't be stacked.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r} is unknown; expected 'left' or 'right'")
+    if len(examples) == 0:
+        raise ValueError("there are no examples to collate; expected at least one")
     keys = list(examples[0])
     for example in examples:
         if set(example) != set(keys):
             raise ValueError(
                 f"all examples need the same keys; one has {sorted(example)}, another {sorted(keys)}"
             )
-    filling = _PADDING | {"input_ids": pad_token_id or 0}
+    token = pad_token_id if pad_token_id is not None and pad_token_id >= 0 else 0
     return {
-        key: _stack([torch.as_tensor(e[key]) for e in examples], filling.get(key, 0), side) for key in keys
+        key: _stack(key, [torch.as_tensor(e[key]) for e in examples], _filling(key, token), side)
+        for key in keys
     }
 
 
-def _stack(rows: list[Tensor], value: int, side: str) -> Tensor:
+def _filling(key: str, token: int) -> int:
+    if key.endswith("input_ids"):  # also decoder_input_ids
+        return token
+    return IGNORED if key == "labels" else 0
+
+
+def _stack(key: str, rows: list[Tensor], value: int, side: str) -> Tensor:
+    shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
+    batched = key.endswith("input_ids") and any(len(shape) == 2 and shape[0] == 1 for shape in shapes)
+    if batched or len({(len(shape), shape[1:]) for shape in shapes}) > 1:
+        raise ValueError(
+            f"{key!r} of the examples has the shapes {', '.join(map(str, shapes[:3]))}; expected one sequence an "
+            "example, such as (seq,), where only the first dimension may differ. Is there a batch dimension in "
+            "front (return_tensors='pt')? Take it off: x[0]"
+        )
     if rows[0].ndim == 0:
         return torch.stack(rows)
     longest = max(row.shape[0] for row in rows)
-    missing = [longest - row.shape[0] for row in rows]
     beside = [0, 0] * (
         rows[0].ndim - 1
     )  # pad() counts from the last dimension; the first one is the sequence
+    missing = [longest - row.shape[0] for row in rows]
     sides = [[gap, 0] if side == "left" else [0, gap] for gap in missing]
     return torch.stack([pad(row, beside + s, value=value) for row, s in zip(rows, sides, strict=True)])
 
 
-def predicts_next(model: Any) -> bool:
-    """Whether the model's own loss compares position t with label t + 1, as causal language models do."""
-    return getattr(model, "loss_type", None) == "ForCausalLM" or type(model).__name__.endswith("LMHeadModel")
-
-
-def count_targets(batch: dict[str, Any], *, shifted: bool) -> int:
-    """How many terms the mean of a loss has: examples for class labels, else labels that are not −100.
-
-    `shifted` says that the first position's label has no prediction (`predicts_next`).
-    """
-    labels = batch.get("labels")
-    if labels is None:
-        return len(next(iter(batch.values())))
-    if labels.ndim < 2 or labels.is_floating_point():
-        return int((labels != IGNORED).sum()) if not labels.is_floating_point() else len(labels)
-    return int((labels[:, 1:] if shifted else labels).ne(IGNORED).sum())
-
-
-def collator(model: Any) -> Collate:
-    """`collate` with the model's own padding token."""
-    return partial(collate, pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None))
+def collator(model: Any, *, side: str = "right") -> Collate:
+    """`collate` with the model's own padding token, and the given padding side: `fit(…, collate=collator(model))`."""
+    config = getattr(model, "config", None)
+    return partial(collate, pad_token_id=getattr(config, "pad_token_id", None), side=side)

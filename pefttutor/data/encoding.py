@@ -1,45 +1,64 @@
 """From text to tensors: `encode` the rows of one split."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pefttutor.data.batches import IGNORED, Example
+from pefttutor.data.batches import Example
+from pefttutor.data.targets import IGNORED
+
+
+def split_ids(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Token numbers of a prompt, and of each answer behind it, as the tokenizer cuts the joined texts.
+
+    Alone, an answer may get other tokens than behind its prompt: some tokenizers put a blank before every text. And
+    the last token of a prompt may go together with what follows, as in "Answer: " + "yes", which is "Answer:" + " yes".
+    So the prompt ends where the joined texts and the prompt alone begin to differ, and training, scoring and
+    generating see the same tokens.
+    """
+    alone = open_ids(tokenizer, prompt.rstrip(" "))
+    joined = [open_ids(tokenizer, prompt + answer) for answer in answers]
+    columns = zip(alone, *joined, strict=False)
+    n = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return alone[:n], [ids[n:] for ids in joined]
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> tuple[list[int], str]:
-    """Token numbers of a prompt, and the blanks at its end, which belong to the answer's first token.
-
-    BPE puts a blank into the word that follows it, so "Answer: " + "yes" is "Answer:" + " yes". Cutting there
-    makes training, scoring and generating see the same tokens.
-    """
+    """Token numbers of a prompt alone, and the blanks at its end, which belong to the answer's first token."""
     text = prompt.rstrip(" ")
+    return open_ids(tokenizer, text), prompt[len(text) :]
+
+
+def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """Token numbers of an answer that follows the prompt (or the blanks at its end alone)."""
+    return split_ids(tokenizer, prompt, [answer])[1][0]
+
+
+def open_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token numbers of a text that goes on: without the token with which some tokenizers close every text."""
     ids = list(tokenizer(text)["input_ids"])
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     if ids and ids[-1] in closing and not text.endswith(tokenizer.decode(ids[-1:])):
-        ids.pop()  # a tokenizer that closes every text would end the prompt before the answer
-    return ids, prompt[len(text) :]
-
-
-def answer_ids(tokenizer: Any, blanks: str, answer: str) -> list[int]:
-    """Token numbers of an answer that follows `prompt_ids`."""
-    return list(tokenizer(blanks + answer, add_special_tokens=False)["input_ids"])
+        ids.pop()
+    return ids
 
 
 def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: int = 256) -> list[Example]:
     """Turn the rows of a split into 1-D tensors for `pefttutor.fit`.
 
-    classification: `text` → input_ids, attention_mask; labels = the class (a scalar).
+    classification: `text` → input_ids, attention_mask; labels = the class (a scalar), a number for a regression, or
+        a 0 or 1 for each class, where one text may have several.
     generation (and "lm"): input_ids = prompt + answer + </s>; labels = the same, −100 on the prompt.
     tagging: `tokens` → input_ids; labels = the tag on each word's last piece, −100 on the others: a causal
-        model knows an ending only once it has read it.
+        model knows an ending only once it has read it. A word of which the tokenizer leaves nothing has no label.
 
     kind=None takes classification when there are `text` and `label`, tagging when there are `tags`, else
     generation. What is longer than `max_length` loses the end of a text but the start of a prompt.
 
-    Shapes: input_ids, attention_mask (seq,); labels () or (seq,).
+    Shapes: input_ids, attention_mask (seq,); labels (), (seq,) or (classes,).
     Raises: ValueError for an unknown kind or a missing column, with the columns that exist.
     """
     columns = list(getattr(split, "column_names", None) or (split[0].keys() if len(split) else []))
@@ -69,12 +88,19 @@ def _guess_kind(columns: Sequence[str]) -> str:
 
 def _encode_text(row: dict[str, Any], tokenizer: Any, max_length: int) -> Example:
     ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
-    return _example(ids, torch.tensor(int(row["label"])))
+    return _example(ids, _label(row["label"]))
+
+
+def _label(value: Any) -> Tensor:
+    """A class is a whole number; measured numbers, and one for each class, are floats."""
+    if isinstance(value, str):
+        return torch.tensor(int(value))
+    label = torch.as_tensor(value)
+    return label.float() if label.ndim or label.is_floating_point() else label.long()
 
 
 def _encode_prompt(row: dict[str, Any], tokenizer: Any, max_length: int) -> Example:
-    prompt, blanks = prompt_ids(tokenizer, row["prompt"])
-    answer = answer_ids(tokenizer, blanks, row["answer"])
+    prompt, (answer,) = split_ids(tokenizer, row["prompt"], [row["answer"]])
     if tokenizer.eos_token_id is not None:
         answer.append(tokenizer.eos_token_id)
     answer = answer[: max_length - 1]  # at least one token must stand before the answer to predict it
@@ -83,16 +109,17 @@ def _encode_prompt(row: dict[str, Any], tokenizer: Any, max_length: int) -> Exam
 
 
 def _encode_words(row: dict[str, Any], tokenizer: Any, max_length: int) -> Example:
-    if len(row["tokens"]) != len(row["tags"]):
-        raise ValueError(
-            f"a row has {len(row['tokens'])} tokens but {len(row['tags'])} tags: {row['tokens'][:5]} …"
-        )
-    ids = prompt_ids(tokenizer, "")[0]  # <s>, where the tokenizer begins a text so
+    words, tags = row["tokens"], row["tags"]
+    if len(words) != len(tags):
+        raise ValueError(f"a row has {len(words)} tokens but {len(tags)} tags: {words[:5]} …")
+    ids = open_ids(tokenizer, "")  # <s>, where the tokenizer begins a text so
     labels = [IGNORED] * len(ids)
-    for position, (word, tag) in enumerate(zip(row["tokens"], row["tags"], strict=True)):
-        pieces = answer_ids(tokenizer, " " if position else "", word)
-        ids += pieces
-        labels += [IGNORED] * (len(pieces) - 1) + [int(tag)]
+    for k, tag in enumerate(tags):
+        longer = open_ids(tokenizer, " ".join(words[: k + 1]))
+        if len(longer) > len(ids):  # else nothing is left of the word
+            labels += [IGNORED] * (len(longer) - len(ids) - 1) + [int(tag)]
+        ids = longer
+    labels = labels[: len(ids)]
     return _example(ids[:max_length], torch.tensor(labels[:max_length]))
 
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pefttutor.data.batches import collate, predicts_next
-from pefttutor.data.encoding import answer_ids, encode, prompt_ids
+from pefttutor.data.encoding import answer_ids, encode
 from pefttutor.data.evaluation import evaluate
+from pefttutor.data.generation import generate, speaks
+from pefttutor.data.label_words import likeliest
 from pefttutor.data.sql import same_result
+from pefttutor.data.targets import predicts_next
+from pefttutor.data.trial import evaluating
 
 METRICS = ("accuracy", "exact_match", "execution_accuracy", "token_accuracy", "perplexity")
 
@@ -49,79 +49,59 @@ def score(
         raise ValueError(
             f"metric={info.metric!r} of {info.name!r} is unknown, expected one of {', '.join(METRICS)}"
         )
-    mode = model.training
-    model.eval()
-    try:
-        if info.metric == "token_accuracy" or (info.metric == "accuracy" and not predicts_next(model)):
-            wanted = (
-                "ForTokenClassification" if info.metric == "token_accuracy" else "ForSequenceClassification"
-            )
-            if not type(model).__name__.endswith(wanted):
-                head = "tagging" if info.metric == "token_accuracy" else "classification"
-                raise ValueError(
-                    f"{type(model).__name__} can't do {info.name!r}; expected a model …{wanted}, "
-                    f"made by pefttutor.models.load(…, head={head!r})"
-                )
-            examples = encode(rows, tokenizer, kind=info.kind, max_length=max_length)
-            return evaluate(model, examples, batch_size=batch_size)["accuracy"]
-        if not predicts_next(model):
+    with evaluating(model):
+        if info.metric == "token_accuracy" or (info.metric == "accuracy" and not speaks(model)):
+            return _by_head(model, tokenizer, rows, info, batch_size, max_length)
+        if not speaks(model) or (info.metric == "perplexity" and not predicts_next(model)):
             raise ValueError(
                 f"{type(model).__name__} can't answer in words; expected a causal language model"
             )
         if info.metric == "perplexity":
             examples = encode(rows, tokenizer, kind="generation", max_length=max_length)
             return math.exp(evaluate(model, examples, batch_size=batch_size)["loss"])
+        prompts = [row["prompt"] for row in rows]
         if info.metric == "accuracy":
-            return _label_words(model, tokenizer, rows, info, batch_size, max_length)
-        answers = generate(
-            model, tokenizer, [row["prompt"] for row in rows], batch_size=batch_size, max_length=max_length,
-            max_new_tokens=max_new_tokens or _longest(tokenizer, rows, info.metric),
-        )  # fmt: skip
-        right = [_is_right(answer, row, info) for answer, row in zip(answers, rows, strict=True)]
+            if not info.labels:
+                raise ValueError(f"{info.name!r} has no labels to choose from")
+            chosen = likeliest(
+                model, tokenizer, prompts, info.labels, batch_size=batch_size, max_length=max_length
+            )
+            right = [k == int(row["label"]) for k, row in zip(chosen, rows, strict=True)]
+        else:
+            answers = generate(
+                model, tokenizer, prompts, batch_size=batch_size, max_length=max_length,
+                max_new_tokens=max_new_tokens or _longest(tokenizer, rows, info.metric),
+            )  # fmt: skip
+            right = [_is_right(answer, row, info) for answer, row in zip(answers, rows, strict=True)]
         return sum(right) / len(right)
-    finally:
-        model.train(mode)
 
 
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32,
-    max_length: int = 512,
-) -> list[str]:  # fmt: skip
-    """Greedy continuations, up to </s>; batched with padding on the left, with a key-value cache.
-
-    Prompts of similar length share a batch. A prompt longer than `max_length` loses its start.
-    """
-    from transformers import GenerationConfig
-
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id or 0
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    encoded = [torch.tensor(prompt_ids(tokenizer, prompt)[0][-max_length:]) for prompt in prompts]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    answers = [""] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate(
-            [{"input_ids": encoded[i], "attention_mask": torch.ones_like(encoded[i])} for i in chosen],
-            pad,
-            "left",
+def _by_head(
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], info: Any, batch_size: int, max_length: int
+) -> float:
+    """Accuracy of a classification or tagging model."""
+    tags = info.metric == "token_accuracy"
+    wanted = "ForTokenClassification" if tags else "ForSequenceClassification"
+    if not type(model).__name__.endswith(wanted):
+        head = "tagging" if tags else "classification"
+        raise ValueError(
+            f"{type(model).__name__} can't do {info.name!r}; expected a model …{wanted}, "
+            f"made by pefttutor.models.load(…, head={head!r})"
         )
-        made = model.generate(
-            **{key: value.to(device) for key, value in batch.items()}, generation_config=greedy
+    found = evaluate(
+        model, encode(rows, tokenizer, kind=info.kind, max_length=max_length), batch_size=batch_size
+    )
+    if "accuracy" not in found:
+        raise ValueError(
+            f"a regression has no accuracy, and {type(model).__name__} is one (num_labels={model.config.num_labels}, "
+            f"problem_type={model.config.problem_type!r}). Its loss is evaluate(…)['loss']"
         )
-        texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
-    return answers
+    return found["accuracy"]
 
 
 def _longest(tokenizer: Any, rows: Sequence[dict[str, Any]], metric: str) -> int:
     """Tokens of the longest answer and one for </s>; a query may be right in twice as many."""
-    longest = max(len(answer_ids(tokenizer, " ", row["answer"])) for row in rows)
+    longest = max(len(answer_ids(tokenizer, row["prompt"], row["answer"])) for row in rows)
     return 1 + longest * (2 if metric == "execution_accuracy" else 1)
 
 
@@ -145,62 +125,3 @@ def _database(row: dict[str, Any], info: Any) -> Path:
             f"{info.name!r} has {len(found)} databases in {folder}; expected one, or a column database"
         )
     return found[0]
-
-
-@torch.no_grad()
-def _label_words(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], info: Any, batch_size: int, max_length: int
-) -> float:
-    """Every row with every label word behind it; the mean keeps words of several tokens comparable.
-
-    A prompt is read once: the label words go on from its cached keys and values.
-    """
-    if not info.labels:
-        raise ValueError(f"{info.name!r} has no labels to choose from")
-    prompts, blanks = zip(*(prompt_ids(tokenizer, row["prompt"]) for row in rows), strict=True)
-    answers = {b: [answer_ids(tokenizer, b, word) for word in info.labels] for b in set(blanks)}
-    room = max_length - max(len(answer) for words in answers.values() for answer in words)
-    right = 0
-    for b in answers:  # in practice all prompts end in the same blanks
-        chosen = sorted((i for i in range(len(rows)) if blanks[i] == b), key=lambda i: len(prompts[i]))
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            means = _continued(model, tokenizer, [prompts[i][-room:] for i in batch], answers[b])
-            best = means.argmax(1).tolist()
-            right += sum(best[k] == int(rows[i]["label"]) for k, i in enumerate(batch))
-    return right / len(rows)
-
-
-def _continued(model: Any, tokenizer: Any, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-    """Mean log-probability of each answer's tokens after each prompt: (prompts, answers)."""
-    device, pad = next(model.parameters()).device, tokenizer.pad_token_id or 0
-    read = collate(
-        [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in map(torch.tensor, prompts)],
-        pad,
-        "left",
-    )
-    ids, mask = read["input_ids"].to(device), read["attention_mask"].to(device)
-    places = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, seq)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True)
-    words = _pad_right(answers, device)  # (answers, longest), −100 behind the end
-    n, k, longest = len(prompts), *words.shape
-    first = out.logits[:, -1].float().log_softmax(-1)[:, words[:, 0]]  # (prompts, answers)
-    if longest == 1:
-        return first
-    name = "cache" if "cache" in out else "past_key_values"  # transformers renamed it in 5.24
-    cache = {name: out[name]}
-    cache[name].batch_repeat_interleave(k)
-    given = words[:, :-1].clamp(min=0).repeat(n, 1)  # (prompts · answers, longest − 1)
-    mask = torch.cat([mask.repeat_interleave(k, 0), torch.ones_like(given)], 1)
-    after = places[:, -1:].repeat_interleave(k, 0) + torch.arange(1, longest, device=device)
-    logits = model(input_ids=given, attention_mask=mask, position_ids=after, **cache).logits
-    rest = words[:, 1:].repeat(n, 1)
-    taken = logits.float().log_softmax(-1).gather(-1, rest.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    summed = (taken * (rest != -100)).sum(1).view(n, k) + first
-    return summed / (words != -100).sum(1)
-
-
-def _pad_right(sequences: list[list[int]], device: torch.device) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(s, device=device) for s in sequences], batch_first=True, padding_value=-100
-    )

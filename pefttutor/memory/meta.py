@@ -10,9 +10,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pefttutor.memory.heads import knows
-from pefttutor.method import adapted
+from pefttutor.method import attached
 
-__all__ = ["attached", "on_meta", "skeleton"]
+__all__ = ["on_meta", "skeleton", "with_method"]
 
 
 def skeleton(config: Any, *, dtype: torch.dtype, like: Any = None) -> nn.Module:
@@ -40,7 +40,8 @@ def skeleton(config: Any, *, dtype: torch.dtype, like: Any = None) -> nn.Module:
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of `model` whose parameters and buffers have no values; ties stay ties, and nothing is allocated."""
     empty: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    aside = [t for a in attached(model).values() for part in a.parts for t in part.kept_aside()]
+    for tensor in [*model.parameters(), *model.buffers(), *aside]:
         new = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -59,7 +60,7 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def attached(method: Any, model: nn.Module) -> nn.Module:
+def with_method(method: Any, model: nn.Module) -> nn.Module:
     """`method.attach(model)` for a model on the meta device: names, shapes and flags, and no random numbers drawn.
 
     Raises: ValueError for a method that chooses by the values of the weights or of data.
@@ -68,8 +69,6 @@ def attached(method: Any, model: nn.Module) -> nn.Module:
         with torch.device("meta"), _WithoutValues():
             return method.attach(model)
     except (NotImplementedError, RuntimeError) as error:
-        if adapted(model):  # its own words: adapted already
-            raise
         raise ValueError(
             f"{type(method).__name__} needs the model's values to attach ({error}). Attach it to a real model, and "
             "estimate that: estimate(method.attach(model))"

@@ -8,7 +8,7 @@ from pefttutor.memory.attention import window
 from pefttutor.memory.breakdown import Breakdown
 from pefttutor.memory.checks import QUANTIZATION, named_dtype, one_of, whole
 from pefttutor.memory.weights import prepared, weight_bytes
-from pefttutor.method import adapted, freeze
+from pefttutor.method import attached, freeze
 
 __all__ = ["estimate_serving"]
 
@@ -50,7 +50,7 @@ def estimate_serving(
     alone = config.model_type in ("t5", "mt5") and not hasattr(model, "decoder")
     if config.model_type in ("bert", "vit") or alone:
         raise ValueError(f"{type(model).__name__} is an encoder: it writes no text, so it caches nothing")
-    if method is None and adapted(model) is None:
+    if method is None and not attached(model):
         freeze(model)
     sizes: dict[str, Any] = weight_bytes(model, base, quantization)
     per_adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)

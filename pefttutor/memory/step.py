@@ -38,7 +38,5 @@ class Step:
 
 def opened(tape: Tape, model: Any, x: Paper) -> Paper:
     """Under checkpointing, `attach` makes the output of frozen embeddings require a gradient (see `mark`)."""
-    wanted = tape.method is not None and any(
-        getattr(m, "gradient_checkpointing", False) for m in model.modules()
-    )
+    wanted = bool(tape.parts) and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return x.like(grad=True) if wanted and not x.grad else x

@@ -13,7 +13,7 @@ A storage is counted once, however many operations keep it, and parameters aren'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,11 +29,11 @@ __all__ = ["Tape"]
 class Tape:
     """Notes of one forward pass: which storage is kept, under which kind.
 
-    method: asked for `trace` where it put a layer of its own. device: "cpu" or "cuda", which differ in what dropout
-    and fused attention keep. lean: with `losses.causal_lm_loss`.
+    parts: of what is attached, asked for `trace` where they have changed a layer. device: "cpu" or "cuda", which
+    differ in what dropout and fused attention keep. lean: with `losses.causal_lm_loss`.
     """
 
-    method: Any = None
+    parts: Sequence[Any] = ()
     device: str = "cuda"
     lean: bool = False
     kept: dict[Paper, str] = field(default_factory=dict)
@@ -56,7 +56,14 @@ class Tape:
         return self._traced(layer, x, kind) or run_alone(self, layer, x, kind)
 
     def _traced(self, layer: Any, x: Paper, kind: str) -> Paper | None:
-        return self.method.trace(layer, x, self, kind) if hasattr(self.method, "trace") else None
+        """By the rule of the one part that has changed the layer. Raises: ValueError if several have."""
+        changed = [part for part in self.parts if part.covers(layer)]
+        if len(changed) > 1:
+            raise ValueError(
+                f"{len(changed)} attachments change the same {type(layer).__name__}, and the estimator knows what one "
+                "keeps. Measure it instead: pefttutor.memory.measure(step, model=model)."
+            )
+        return changed[0].trace(layer, x, self, kind) if changed else None
 
     def trains(self, *parameters: Any) -> bool:
         """Whether one of a module's bare parameters trains, in `module._parameters.values()` those of a method too."""

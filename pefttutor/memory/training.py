@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from pefttutor.memory.breakdown import Breakdown
 from pefttutor.memory.checks import OPTIMIZERS, QUANTIZATION, check_attention, named_dtype, one_of, whole
 from pefttutor.memory.families import FAMILIES
@@ -14,7 +12,7 @@ from pefttutor.memory.paper import Paper
 from pefttutor.memory.step import Step
 from pefttutor.memory.tape import Tape
 from pefttutor.memory.weights import prepared, weight_bytes
-from pefttutor.method import adapted
+from pefttutor.method import attached
 from pefttutor.train.losses import causal_lm_loss
 
 __all__ = ["estimate"]
@@ -100,13 +98,8 @@ def estimate(
     moments = OPTIMIZERS[optimizer] * sum(p.numel() * (state or p.dtype).itemsize for p in trained)
     if master_weights:
         moments += sum(4 * p.numel() for p in trained if p.dtype.itemsize < 4)
-    method = method or adapted(model)
-    own = _stated_by(method, model)
-    if own:  # in values: a method that keeps fewer than it trains says so
-        gradients = gradients * own.get("gradients", _numel(trained)) // max(1, _numel(trained))
-        moments = moments * own.get("optimizer", _numel(trained)) // max(1, _numel(trained))
-
-    tape = Tape(method, device, lean=loss is not None)
+    parts = [part for attachment in attached(model).values() for part in attachment.parts]
+    tape = Tape(parts, device, lean=loss is not None)
     logits = _walked(tape, model, Step(batch_size, sequence_length, target_length, attention, padding))
     activations = tape.bytes_by_kind()
     activations["logits and loss"] += (logits_copies - 1) * 4 * logits.numel
@@ -143,10 +136,6 @@ def _switch_checkpointing(model: Any, on: bool) -> None:
     for module in model.modules():
         if hasattr(type(module), "gradient_checkpointing") or "gradient_checkpointing" in vars(module):
             module.gradient_checkpointing = on
-
-
-def _stated_by(method: Any, model: nn.Module) -> dict[str, int]:
-    return method.memory(model) if hasattr(method, "memory") else {}
 
 
 def _numel(parameters: Any) -> int:

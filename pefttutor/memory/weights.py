@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.memory.checks import QUANTIZATION, check_config, check_length, check_method, named_dtype
-from pefttutor.memory.meta import attached, on_meta, skeleton
-from pefttutor.method import adapted
+from pefttutor.memory.meta import on_meta, skeleton, with_method
+from pefttutor.method import attached
 
 __all__ = ["added_buffers", "prepared", "weight_bytes"]
 
@@ -29,16 +29,11 @@ def prepared(
     else:
         model = skeleton(config, dtype=weight or torch.float32)
     base = {*model.parameters(), *model.buffers()}
-    if adapted(model):
-        base -= set(added_buffers(model))
-        names = {
-            name for name, _ in skeleton(config, dtype=torch.float32, like=type(model)).named_parameters()
-        }
-        base -= {p for name, p in model.named_parameters() if p.requires_grad and name not in names}
+    base -= set(_added(model))
     if weight is not None:
         _cast(base & set(model.parameters()), weight)
     if method is not None:
-        model = attached(method, model)
+        model = with_method(method, model)
     if adapter is not None:
         _cast(set(model.parameters()) - base, adapter)
     return model, base
@@ -76,12 +71,12 @@ def _cast(parameters: set[Tensor], dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def _added(model: nn.Module) -> list[Tensor]:
+    """What the attachments have put beside the base's own parameters and buffers."""
+    return [t for attachment in attached(model).values() for part in attachment.parts for t in part.added()]
+
+
 def added_buffers(model: nn.Module) -> list[Tensor]:
-    """What an attached method holds beside parameters, such as the places of chosen entries."""
-    if adapted(model) is None:
-        return []
-    own: set[str] = set()
-    if hasattr(model, "_from_config"):  # else not of transformers: whose buffers these are isn't known
-        plain = skeleton(model.config, dtype=torch.float32, like=type(model))
-        own = {name for name, _ in plain.named_buffers()}
-    return [buffer for name, buffer in model.named_buffers() if name not in own]
+    """What attachments hold beside parameters, such as the places of chosen entries, each once."""
+    added = _added(model)
+    return list(dict.fromkeys(t for t in added if not isinstance(t, nn.Parameter)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.selective.layers import blocks
+from pefttutor.parts.blocks import blocks
 
 __all__ = ["CachedPrefix"]
 

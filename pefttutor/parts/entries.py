@@ -1,6 +1,6 @@
-"""What all selection methods share: train chosen tensors, or chosen entries of tensors, and nothing else.
+"""Chosen entries of a weight: they alone train, have optimizer state and are saved.
 
-Chosen entries of a tensor `layer.weight` become a parameter `layer.weight_values` (k), next to a buffer
+The k chosen entries of a tensor `layer.weight` become a parameter `layer.weight_values` (k), next to a buffer
 `layer.weight_index` (k) with their flat places. The weight itself is frozen; before each call of the layer the
 values are written into it, and in training the layer sees it through `selected`, which delivers the gradient of the
 chosen entries only. So any optimizer keeps state for k values, clipping sees k gradients, and k values are saved.
@@ -11,46 +11,43 @@ weight past it, and that use trains nothing. Where it is known (`shadow.check_ca
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.kernels.sparse_adamw import read, selected, write
-from pefttutor.parts.fingerprint import describe_base
+from pefttutor.kernels.flat_entries import read, selected, write
+from pefttutor.parts.attachment import (
+    DEFAULT,
+    Attachment,
+    added_key,
+    attaching,
+    attachments,
+    restored_on_error,
+)
+from pefttutor.parts.freezing import InPlace, aside, fully_trained, train_fully, whole
+from pefttutor.parts.part import Key, Part, owners
 from pefttutor.parts.places import places
-from pefttutor.parts.ranking import check_fraction, largest, largest_share, without_values
-from pefttutor.parts.shadow import check_called, owners, shadow, unshadow
+from pefttutor.parts.shadow import check_called, shadow, unshadow
 
 __all__ = [
+    "INDEX",
+    "VALUES",
+    "Entries",
+    "Settled",
     "candidates",
-    "check_fraction",
+    "choose",
     "entries",
-    "largest",
-    "largest_share",
     "masks",
+    "rechoose",
+    "saved_choice",
+    "settle_as",
     "train_entries",
-    "train_tensors",
 ]
 
 VALUES, INDEX = "_values", "_index"
-
-
-def train_tensors(
-    model: nn.Module, method: Any, names: Iterable[str], modules_to_save: Collection[str] = ()
-) -> nn.Module:
-    """Freeze `model` but for the parameters called `names` and the whole of `modules_to_save`, and mark it."""
-    base.refuse_adapted(model)
-    whole, buffers = _fully_trained(model, modules_to_save)
-    names = {*names, *whole}
-    if not names:
-        raise ValueError(f"{type(method).__name__}: nothing is chosen, so nothing would train.")
-    base.freeze(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    return base.mark(model, method, buffers=buffers)
 
 
 def train_entries(
@@ -59,141 +56,263 @@ def train_entries(
     chosen: Mapping[str, Tensor],
     modules_to_save: Collection[str] = (),
     *,
-    described: dict[str, Any] | None = None,
+    name: str = DEFAULT,
 ) -> nn.Module:
     """Freeze `model` but for the entries that the masks or indices in `chosen` name, and `modules_to_save`.
 
-    described: `describe_base` of the base, where the model has left it already.
-
-    Raises: RuntimeError if it is adapted already; ValueError for a mask of another model or shape, an empty one, or
-        a weight that is read without calling its layer. Nothing has been changed then.
+    Raises: ValueError for a name in use, a mask of another model or shape, an empty one, or a weight that is read
+        without calling its layer. Nothing has been changed then.
     """
-    base.refuse_adapted(model)
+    with attaching(model, method, name) as new:
+        choose(model, new, chosen, modules_to_save)
+    return model
+
+
+def choose(
+    model: nn.Module,
+    attachment: Attachment,
+    chosen: Mapping[str, Tensor],
+    modules_to_save: Collection[str] = (),
+) -> None:
+    """Add to an attachment the entries that `chosen` names, and what trains fully beside them."""
     parameters = dict(model.named_parameters())
-    whole, buffers = _fully_trained(model, modules_to_save)
-    indices = {name: places(parameters, name, mask) for name, mask in chosen.items() if name not in whole}
-    indices = {name: index for name, index in indices.items() if len(index)}
+    fully = fully_trained(model, modules_to_save)[0]
+    indices = {n: places(parameters, n, mask) for n, mask in chosen.items() if n not in fully}
+    indices = {n: index for n, index in indices.items() if len(index)}
     check_called(model, indices)
     if not indices:
-        raise ValueError(f"{type(method).__name__}: no entry is chosen in any of {len(chosen)} masks.")
-    if not without_values(parameters):  # such a model can't be saved
-        described = described or describe_base(model, without=whole)
-    base.freeze(model)
-    for name in whole:
-        parameters[name].requires_grad_(True)
-    for name, index in indices.items():
-        _split(model, parameters[name], index)
-    kept = [name + INDEX for name in entries(model)]
-    return base.mark(model, method, buffers=[*kept, *buffers], described=described)
+        method = type(attachment.method).__name__
+        raise ValueError(f"{method}: no entry is chosen in any of {len(chosen)} masks.")
+    for weight_name, index in indices.items():
+        attachment.add(Entries(model, weight_name, attachment.name, index))
+    for part in train_fully(model, (), modules_to_save):
+        attachment.add(part)
+
+
+def rechoose(model: nn.Module, attachment: Attachment, choice: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Let an attachment train other entries from now on; what it has trained so far stays as it became.
+
+    `choice` is asked while the weights hold what was learned, and nothing stands in their place.
+
+    Raises: what `choice` and `train_entries` raise; then the choice is the old one.
+    """
+    before = attachment.parts
+    old = [part for part in before if isinstance(part, Entries)]
+    for part in old:
+        part.fold()
+    try:
+        chosen = choice()
+    finally:
+        for part in old:
+            part.unfold()
+    attachment.parts = [part for part in before if type(part) is Settled]
+    try:
+        with restored_on_error(model):
+            attachment.parts += [part.settle() for part in old]
+            choose(model, attachment, chosen)
+    except BaseException:
+        attachment.parts = before
+        raise
+    attachment.parts += [part for part in before if not isinstance(part, Settled)]
+    carried = attachments(model)
+    assert carried is not None
+    carried.apply(model)
+
+
+def settle_as(
+    model: nn.Module,
+    attachment: Attachment,
+    old: Collection[Part],
+    chosen: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
+    modules_to_save: Collection[str] = (),
+) -> None:
+    """In the place of the parts `old`: the chosen entries, and `modules_to_save`, from the base's own values on.
+
+    changes: by the name of a weight what the entries get beyond that: what has been learned for them.
+
+    Raises: what `train_entries` raises; then the attachment is as it was.
+    """
+    before = attachment.parts
+    for part in reversed(list(old)):
+        part.switch(False)
+    attachment.parts = []
+    try:
+        with restored_on_error(model):
+            for part in old:
+                part.remove()
+            choose(model, attachment, chosen, modules_to_save)
+    except BaseException:
+        attachment.parts = before
+        for part in old:
+            part.switch(True)
+        raise
+    with torch.no_grad():
+        for part in attachment.parts:
+            if isinstance(part, Entries) and part.weight_name in changes:
+                part.values.add_(read(changes[part.weight_name].to(part.values), part.index))
+                part.after_step()
+    attachment.parts += [part for part in before if part not in old]
+    carried = attachments(model)
+    assert carried is not None
+    carried.apply(model)
+
+
+def candidates(model: nn.Module, modules_to_save: Collection[str] = ()) -> dict[str, Tensor]:
+    """The parameters among whose entries a method may choose: what trains in the base, without `modules_to_save`."""
+    fully = fully_trained(model, modules_to_save)[0]
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name] for name in whole(model) if name not in fully}
+
+
+def saved_choice(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that saved tensors say were chosen, by the name of the weight; empty if they say nothing."""
+    names = [name.removesuffix(VALUES) for name in tensors if name.endswith(VALUES)]
+    return {name: tensors[name + INDEX] for name in names if name + INDEX in tensors}
+
+
+@dataclass(frozen=True)
+class _WithValues:
+    """In the weight's place: the weight, which holds the values, and whose gradient goes to them."""
+
+    values: str
+    index: str
+
+    def __call__(self, layer: nn.Module, key: str, weight: Tensor) -> Tensor | None:
+        values, index = layer.get_parameter(self.values), layer.get_buffer(self.index)
+        if values.requires_grad:
+            write(weight, index, values)
+        return selected(values, weight, index) if values.requires_grad and torch.is_grad_enabled() else None
+
+
+class Settled(InPlace):
+    """Entries that an attachment has trained before it chose others: they stay as they became, and can be put back."""
+
+    def __init__(self, weight_name: str, holders: list[Key], index: Tensor, start: list[Tensor]) -> None:
+        super().__init__()
+        self.weight_name, self.owners, self.chosen, self.start = weight_name, holders, index, start
+
+    @property
+    def weight(self) -> nn.Parameter:
+        layer, key = self.owners[0]
+        return layer.get_parameter(key)
+
+    @property
+    def index(self) -> Tensor:
+        return self.chosen.to(self.weight.device)
+
+    def trained(self) -> list[nn.Parameter]:
+        return []
+
+    def saved(self) -> list[tuple[str, Tensor]]:
+        return []
+
+    def named_in_place(self) -> list[tuple[str, Tensor]]:
+        return [(self.weight_name, self.weight)]
+
+    def _read(self) -> list[Tensor]:
+        return [read(self.weight, self.index)]
+
+    def _write(self, values: list[Tensor]) -> None:
+        write(self.weight, self.index, values[0].to(self.weight.device))
+
+
+class Entries(Settled):
+    """The chosen entries of one weight, the same ones in every layer that it is tied to.
+
+    Shapes: index and values (k). Cost: for k entries 4·k bytes of index and 4·k of values, and 4·k in main memory for
+    what they were.
+    """
+
+    def __init__(self, model: nn.Module, weight_name: str, name: str, index: Tensor) -> None:
+        weight = model.get_parameter(weight_name)
+        super().__init__(weight_name, owners(model, weight), index, aside([read(weight, index)]))
+        self.name = name
+        values = nn.Parameter(read(weight, index))
+        for layer, key in self.owners:
+            layer.register_parameter(added_key(key + VALUES, name), values)
+            layer.register_buffer(added_key(key + INDEX, name), index)
+        self._show()
+
+    @property
+    def values(self) -> nn.Parameter:
+        layer, key = self.owners[0]
+        return layer.get_parameter(added_key(key + VALUES, self.name))
+
+    @property
+    def index(self) -> Tensor:
+        layer, key = self.owners[0]
+        return layer.get_buffer(added_key(key + INDEX, self.name))
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.values]
+
+    def saved(self) -> list[tuple[str, Tensor]]:
+        return [(self.weight_name + VALUES, self.values), (self.weight_name + INDEX, self.index)]
+
+    def added(self) -> list[Tensor]:
+        return [self.values, self.index]
+
+    def _show(self) -> None:
+        for layer, key in self.owners:
+            make = _WithValues(added_key(key + VALUES, self.name), added_key(key + INDEX, self.name))
+            shadow(layer, key, self.name, make, first=True)
+
+    def switch(self, on: bool) -> None:
+        if on:
+            write(self.weight, self.index, self.values)
+            self._show()
+        else:
+            for layer, key in self.owners:
+                unshadow(layer, key, self.name)
+            self._write(self.start)
+
+    def fold(self) -> None:
+        self.after_step()
+        for layer, key in self.owners:
+            unshadow(layer, key, self.name)
+
+    def unfold(self) -> None:
+        self._show()
+
+    def after_step(self) -> None:
+        write(self.weight, self.index, self.values)
+
+    loaded = after_step
+
+    def settle(self) -> Settled:
+        """Take the values out and leave the weight as it has become."""
+        self.fold()
+        self.remove()
+        return Settled(self.weight_name, self.owners, self.chosen, self.start)
+
+    def remove(self) -> None:
+        for layer, key in self.owners:
+            layer._parameters.pop(added_key(key + VALUES, self.name), None)
+            layer._buffers.pop(added_key(key + INDEX, self.name), None)
+
+
+def _chosen(model: nn.Module) -> Iterator[Entries]:
+    carried = attachments(model)
+    for attachment in carried.by_name.values() if carried else ():
+        yield from (part for part in attachment.parts if isinstance(part, Entries))
 
 
 def entries(model: nn.Module) -> dict[str, Tensor]:
-    """The flat places of the entries that train, by the name of their tensor, a tied one once. Shapes: (k)."""
-    found: dict[str, Tensor] = {}
-    prefixes = {layer: prefix for prefix, layer in model.named_modules()}
-    for layer, key in _split_layers(model):
-        index = layer.get_buffer(key + INDEX)
-        if not any(index is other for other in found.values()):
-            found[f"{prefixes[layer]}.{key}".lstrip(".")] = index
-    return found
+    """The flat places of the entries that train, by the name of their weight, a tied one once. Shapes: (k)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(part.weight)]: part.index for part in _chosen(model)}
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """What trains, as one boolean mask for each parameter of the base: true where an entry is trained."""
     chosen, found = entries(model), {}
+    ours = {id(part.values) for part in _chosen(model)}
     for name, parameter in model.named_parameters():
-        if name.removesuffix(VALUES) in chosen and name not in chosen:
+        if id(parameter) in ours:
             continue
         mask = torch.full(parameter.shape, parameter.requires_grad, dtype=torch.bool)
         if name in chosen:
             mask.view(-1)[chosen[name].long().cpu()] = True
         found[name] = mask
     return found
-
-
-def candidates(model: nn.Module, modules_to_save: Collection[str] = ()) -> dict[str, Tensor]:
-    """The parameters among whose entries a method may choose: all but those of `modules_to_save`."""
-    whole, _ = _fully_trained(model, modules_to_save)
-    return {n: p for n, p in model.named_parameters() if n not in whole and p.is_floating_point()}
-
-
-# ---- hooks that every method with chosen entries has: `after_step = entries.after_step`
-
-
-def after_step(self: Any, model: nn.Module, step: int) -> None:
-    """The optimizer has changed the values: put them into the weights."""
-    _write_all(model)
-
-
-def loaded(self: Any, model: nn.Module) -> None:
-    """The saved values are in place: put them into the weights."""
-    _write_all(model)
-
-
-def restore(self: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Attach with the choice that was saved in `tensors`, in place of a new one."""
-    names = [name.removesuffix(VALUES) for name in tensors if name.endswith(VALUES)]
-    chosen = {name: tensors[name + INDEX] for name in names if name + INDEX in tensors}
-    if not chosen:  # saved before there was a choice, as LT-SFT in its first phase
-        return self.attach(model)
-    return train_entries(model, self, chosen, self.modules_to_save)
-
-
-# ---- one layer
-
-
-def _split(model: nn.Module, weight: Tensor, index: Tensor) -> None:
-    """Give every layer that owns `weight` the chosen entries, the same ones where it is tied."""
-    values = nn.Parameter(read(weight, index))
-    for layer, key in owners(model, weight):
-        layer.register_parameter(key + VALUES, values)
-        layer.register_buffer(key + INDEX, index)
-        shadow(layer, key, _with_values)
-
-
-def _with_values(layer: nn.Module, key: str) -> Tensor | None:
-    """Before a layer's forward: the weight holds the values, and its gradient goes to them."""
-    weight, values, index = layer._parameters[key], *_pair(layer, key)
-    assert weight is not None
-    if values.requires_grad:
-        write(weight, index, values)
-    return selected(values, weight, index) if values.requires_grad and torch.is_grad_enabled() else None
-
-
-def release(model: nn.Module) -> nn.Module:
-    """Take the chosen entries' bookkeeping off the model; the weights stay as they have become."""
-    _write_all(model)
-    for layer, key in list(_split_layers(model)):
-        unshadow(layer, key)
-        del layer._parameters[key + VALUES]
-        del layer._buffers[key + INDEX]
-    base.unmark(model)
-    return model
-
-
-def _split_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for layer in model.modules():
-        for key, make in vars(layer).get("_shadows", {}).items():
-            if make is _with_values:
-                yield layer, key
-
-
-def _pair(layer: nn.Module, key: str) -> tuple[Tensor, Tensor]:
-    return layer.get_parameter(key + VALUES), layer.get_buffer(key + INDEX)
-
-
-def _write_all(model: nn.Module) -> None:
-    for layer, key in _split_layers(model):
-        values, index = _pair(layer, key)
-        write(layer.get_parameter(key), index, values)
-
-
-def _fully_trained(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Names of the parameters, and of the buffers to save, of the modules that train as a whole."""
-    if isinstance(names, str):
-        raise ValueError(f"modules_to_save is a string; write ({names!r},).")
-    modules = set(base.find_modules(model, names, field="modules_to_save").values()) if names else set()
-    inside = {p for m in modules for p in m.parameters() if p.is_floating_point()}
-    parameters = [name for name, p in model.named_parameters() if p in inside]
-    kept = {b for m in modules for b in m.buffers()}
-    return parameters, [name for name, b in model.named_buffers() if b in kept and name in model.state_dict()]

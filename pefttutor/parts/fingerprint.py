@@ -25,13 +25,12 @@ def describe_base(model: nn.Module, without: Collection[str]) -> dict[str, dict[
     }
 
 
-def check_base(model: nn.Module, expected: dict[str, dict[str, Any]], without: Collection[str]) -> None:
-    """Raise ValueError, with what differs, unless `model` is the base that `expected` describes.
+def check_base(actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError, with what differs, unless `actual` describes the base that `expected` does.
 
     The values may differ by what rounding to the coarser of the two dtypes explains, so an adapter trained on a
     float32 base fits the same base in bfloat16.
     """
-    actual = describe_base(model, without)
     shared = [(name, expected[name], actual[name]) for name in expected if name in actual]
     problems = [f"{name} is missing" for name in expected if name not in actual]
     problems += [f"{name} is too much" for name in actual if name not in expected]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pefttutor.data.batches import Collate, collator, predicts_next
+from pefttutor.data.batches import Collate, collator, count_targets, predicts_next
 from pefttutor.data.evaluation import evaluating
 from pefttutor.kernels.fisher import add_squared_gradients, check_finite, no_squares
 
-__all__ = ["fisher_information"]
+__all__ = ["example_losses", "fisher_information", "total_gradient"]
 
 LogLikelihood = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -81,6 +81,63 @@ def fisher_information(
             )
     check_finite(total)
     return {name: value.div_(len(chosen)) for name, value in total.items()}
+
+
+def total_gradient(
+    model: nn.Module,
+    examples: Sequence[Any],
+    *,
+    batch_size: int = 16,
+    collate: Collate | None = None,
+    log_likelihood: LogLikelihood | None = None,
+) -> dict[str, Tensor]:
+    """The gradient of the mean loss over all examples' labels, signed, in evaluation mode; changes nothing.
+
+    With log_likelihood, as in `fisher_information`, that of −log p(y | x), averaged over the examples.
+    """
+    stack, device = collate or collator(model), next(model.parameters()).device
+    before = [(p, p.grad) for p in model.parameters()]
+    counted = 0
+    try:
+        model.zero_grad()
+        with evaluating(model), _all_trained(model):
+            for start in range(0, len(examples), batch_size):
+                rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
+                batch = {k: v.to(device) for k, v in stack(rows).items()}
+                if log_likelihood is not None:
+                    count, summed = len(rows), -log_likelihood(model, batch).sum()
+                else:
+                    count = count_targets(batch, shifted=predicts_next(model))
+                    summed = model(**batch).loss * count if count else None
+                if summed is not None:  # a mean over no label at all is NaN
+                    summed.backward()
+                counted += count
+        return {
+            n: (torch.zeros_like(p) if p.grad is None else p.grad / counted)
+            for n, p in model.named_parameters()
+        }
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+def example_losses(
+    model: nn.Module,
+    examples: Sequence[Any],
+    *,
+    collate: Collate | None = None,
+    log_likelihood: LogLikelihood | None = None,
+) -> Tensor:
+    """The loss of each example, in evaluation mode; −log p(y | x) with log_likelihood. Shapes: → (n)."""
+    stack, device = collate or collator(model), next(model.parameters()).device
+    found = []
+    with evaluating(model), torch.no_grad():
+        for example in examples:
+            batch = {k: v.to(device) for k, v in stack([example]).items()}
+            found.append(
+                model(**batch).loss if log_likelihood is None else -log_likelihood(model, batch).squeeze()
+            )
+    return torch.stack(found).cpu()
 
 
 @contextmanager

@@ -1,164 +1,123 @@
-"""The layers that LoRA puts in the place of `nn.Linear` and `nn.Embedding` (GPT-2's are in `lora_conv1d`).
+"""A low-rank change of one layer: the trained factors A (r, in) and B (out, r) beside its weight.
 
-Each is a subclass of the layer that it replaces and holds the very same weight, so names, hooks and tied
-weights stay as they were. New are the parameters `lora_A` (r, in) and `lora_B` (out, r).
+    ΔW = s · B A          (out, in)
+
+New are the parameters `lora_A` and `lora_B`; the layer's own weight stays where it is.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pefttutor.kernels.lora_linear import lora_linear
-from pefttutor.parts.modules import adopt
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.layer_change import Compute, LayerChange
+from pefttutor.parts.linear import sizes, stored_as
 
-__all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "trace"]
+__all__ = ["LowRank", "draw_factors"]
 
 
-class LoRALayer(nn.Module):
-    """What the three kinds of layer share: their two factors, and merging them into the weight.
+def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A uniform in ±1/√in, as in `nn.Linear`, and B zero; for an embedding A zero and B normal.
 
-    ΔW = s · B A        (out, in), or its transpose where the weight is stored as (in, out)
+    They are drawn on the CPU, so that every device gets the same.
+
+    Shapes: → (r, in), (out, r).
     """
-
-    weight_is_transposed: ClassVar[bool] = False
-    weight: Tensor
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scaling: float
-    lora_dropout: float
-    base_weight: Tensor | None  # the weight without ΔW, while merged
-
-    @classmethod
-    def adapt(
-        cls, layer: nn.Module, *, r: int, scaling: float, lora_dropout: float, generator: torch.Generator
-    ) -> Self:
-        """The LoRA form of `layer`, with fresh factors whose product is zero."""
-        new = adopt(cls, layer)
-        weight = new.weight
-        n_in, n_out = cls.in_and_out(layer)
-        A, B = cls.draw(n_in, n_out, r, generator)
-        # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        new.lora_A = nn.Parameter(A.to(weight.device, dtype))
-        new.lora_B = nn.Parameter(B.to(weight.device, dtype))
-        new.scaling, new.lora_dropout = scaling, lora_dropout
-        vars(new)["base_weight"] = None
-        return new
-
-    @classmethod
-    def in_and_out(cls, layer: nn.Module) -> tuple[int, int]:
-        """How many features go in and come out."""
-        n_out, n_in = layer.weight.shape  # type: ignore[union-attr, misc]
-        return (n_out, n_in) if cls.weight_is_transposed else (n_in, n_out)
-
-    @staticmethod
-    def draw(n_in: int, n_out: int, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A uniform in ±1/√in, as in `nn.Linear`, and B zero. On the CPU: the same draw on every device."""
-        A = nn.init.kaiming_uniform_(torch.empty(r, n_in, device="cpu"), a=math.sqrt(5), generator=generator)
-        return A, torch.zeros(n_out, r, device="cpu")
-
-    @property
-    def merged(self) -> bool:
-        return self.base_weight is not None
-
-    def merged_weight(self) -> Tensor:
-        """W + ΔW, added in float32 at least and rounded once, to the weight's dtype."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.no_grad():
-            delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))  # (out, in)
-            delta = delta.t() if self.weight_is_transposed else delta
-            return (self.weight.to(wide) + delta).to(self.weight.dtype)
-
-    def merge(self, weight: Tensor) -> None:
-        """Compute with `weight` from now on. The base weight is kept: other layers may be tied to it."""
-        vars(self)["base_weight"] = self.weight  # past nn.Module, which would add it to the state_dict
-        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-
-    def unmerge(self) -> None:
-        """Put the very same base weight back."""
-        base = self.base_weight
-        assert base is not None
-        base.data = base.data.to(self.weight)  # the model may have moved meanwhile
-        self.weight, vars(self)["base_weight"] = base, None
-
-    def _use_merged(self) -> bool:
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "this model is merged, so lora_A and lora_B would learn nothing: unmerge it, then train."
-            )
-        return self.merged
-
-    def extra_repr(self) -> str:
-        own = f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, merged={self.merged}"
-        return f"{super().extra_repr()}, {own}"
-
-
-class LoRALinear(LoRALayer, nn.Linear):
-    """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ          x (…, in) → y (…, out)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._use_merged():
-            return F.linear(x, self.weight, self.bias)
-        return lora_forward(self, x, self.weight, self.bias)
-
-
-def lora_forward(layer: LoRALayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The forward of the two linear layers; `weight` is (out, in)."""
-    A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
-    if layer.training and layer.lora_dropout > 0:  # the two branches see different inputs: nothing to share
-        dropped = F.dropout(x, layer.lora_dropout)
-        low_rank = F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))  # (…, r) → (…, out)
-        return F.linear(x, weight, bias) + scaling * low_rank
-    return lora_linear(x, weight, bias, A, B, scaling)
-
-
-class LoRAEmbedding(LoRALayer, nn.Embedding):
-    """y = W[i] + s · A[:, i]ᵀ Bᵀ          i (…) token ids → y (…, embedding_dim)
-
-    "in" is the vocabulary, A starts at zero and B is normal. No dropout: ids can't be dropped.
-    """
-
-    weight_is_transposed = True
-
-    @staticmethod
-    def draw(n_in: int, n_out: int, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    n_in, n_out = sizes(layer)
+    if isinstance(layer, nn.Embedding):
         B = torch.empty(n_out, r, device="cpu").normal_(generator=generator)
         return torch.zeros(r, n_in, device="cpu"), B
-
-    def forward(self, ids: Tensor) -> Tensor:
-        base = super().forward(ids)  # (…, embedding_dim)
-        if self._use_merged():
-            return base
-        # as in nn.Embedding, the padding row gets no gradient, so it stays as it is
-        rows = F.embedding(ids, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-        low_rank = F.linear(rows, self.lora_B)  # (…, r) → (…, embedding_dim)
-        return base + self.scaling * low_rank.to(base.dtype)
+    A = nn.init.kaiming_uniform_(torch.empty(r, n_in, device="cpu"), a=math.sqrt(5), generator=generator)
+    return A, torch.zeros(n_out, r, device="cpu")
 
 
-def trace(layer: LoRALayer, x: Any, tape: Any, kind: str) -> Any:
-    """What one LoRA layer keeps for its backward pass: x and x Aᵀ; with dropout also a mask and a changed copy of x.
+class LowRank(LayerChange):
+    """y = f(x) + s · drop(x) Aᵀ Bᵀ          x (…, in) → y (…, out); for an embedding y = f(i) + s · A[:, i]ᵀ Bᵀ
 
-    The formula of `forward` on a `pefttutor.memory.tape.Tape`: x is (tokens, in), or ids for an embedding.
+    Cost: r · (in + out) values and 2·r·(in + out) FLOPs a token; nothing once folded.
     """
-    r, (_, n_out) = layer.lora_A.shape[0], layer.in_and_out(layer)
-    if isinstance(layer, LoRAEmbedding):
-        width = layer.weight.element_size()
-        narrow = x.like(width=r, itemsize=layer.lora_A.element_size(), grad=True)
-        tape.save(x, kind)
-        tape.save(narrow, kind)
-        return x.like(width=n_out, itemsize=width, grad=True)
-    if not layer.lora_dropout:
-        tape.save(x, kind)
-        tape.save(x.like(width=r), kind)
+
+    additive = True
+
+    def __init__(
+        self,
+        path: str,
+        layer: nn.Module,
+        name: str,
+        factors: tuple[Tensor, Tensor],
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+    ) -> None:
+        self.scaling, self.dropout, self.r = scaling, dropout, factors[0].shape[0]
+        self.keys = added_key("lora_A", name), added_key("lora_B", name)
+        weight = next(iter(layer.parameters()), next(iter(layer.buffers()), factors[0]))
+        # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
+        given = weight.dtype if weight.is_floating_point() else torch.float32
+        dtype = torch.promote_types(given, torch.float32)
+        added = [nn.Parameter(factor.to(weight.device, dtype)) for factor in factors]
+        super().__init__(path, layer, name, dict(zip(self.keys, added, strict=True)))
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, in) and B (out, r)."""
+        A, B = (self.layer.get_parameter(key) for key in self.keys)
+        return A, B
+
+    def describe(self) -> str:
+        return f"{self.name}: r={self.r}, scaling={self.scaling:g}, merged={self.folded}"
+
+    def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        A, B = self.factors
+        layer: Any = self.layer
+        if isinstance(layer, nn.Embedding):
+            y = inner(x, *args, **kwargs)
+            # As in nn.Embedding, the padding row gets no gradient, so it stays as it is.
+            rows = F.embedding(x, A.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+            return y + (self.scaling * F.linear(rows, B)).to(y.dtype)
+        dropped = self.dropout > 0 and layer.training
+        if own and self.plain and not dropped and layer.weight.is_floating_point():
+            return lora_linear(x, stored_as(layer, layer.weight), layer.bias, A, B, self.scaling)
+        y = inner(x, *args, **kwargs)
+        # The two branches see different inputs, or the layer's own is computed by other code: nothing to share.
+        branch = F.dropout(x, self.dropout) if dropped else x
+        low_rank = F.linear(F.linear(branch, A.to(x.dtype)), B.to(x.dtype))  # (…, r) → (…, out)
+        return y + (self.scaling * low_rank).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """ΔW = s · B A, at least in float32. Shapes: → (out, in)."""
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors)
+        return self.scaling * (B @ A)
+
+    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta().to(weight.dtype), bias
+
+    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
+        """x and x Aᵀ are kept; with dropout also a mask and a changed copy of x.
+
+        x is (tokens, in), or ids for an embedding.
+        """
+        if layer is not self.layer:
+            return None
+        A, B = self.factors
+        n_out = B.shape[0]
+        if isinstance(layer, nn.Embedding):
+            tape.save(x, kind)
+            tape.save(x.like(width=self.r, itemsize=A.element_size(), grad=True), kind)
+            return x.like(width=n_out, itemsize=layer.weight.element_size(), grad=True)
+        if not self.dropout:
+            tape.save(x, kind)
+            tape.save(x.like(width=self.r), kind)
+            return x.like(width=n_out, grad=True)
+        narrow = tape.linear(tape.dropout(x, self.dropout), self.r, kind, weight=True)
+        tape.linear(narrow, n_out, kind, weight=True)
+        if A.element_size() != x.itemsize:  # the factors, rounded to the dtype of x
+            for factor in (A, B):
+                tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
         return x.like(width=n_out, grad=True)
-    narrow = tape.linear(tape.dropout(x, layer.lora_dropout), r, kind, weight=True)
-    tape.linear(narrow, n_out, kind, weight=True)
-    if layer.lora_A.element_size() != x.itemsize:  # the factors, rounded to the dtype of x
-        for factor in (layer.lora_A, layer.lora_B):
-            tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
-    return x.like(width=n_out, grad=True)

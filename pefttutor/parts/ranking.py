@@ -1,15 +1,14 @@
-"""Choose the entries with the largest scores, and check what a choice is made by."""
+"""Choose the entries with the largest scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_examples", "check_fraction", "exact_share", "largest", "largest_share", "without_values"]
+__all__ = ["exact_share", "largest", "largest_share", "without_values"]
 
 
 def largest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
@@ -55,24 +54,3 @@ def _stand_ins(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         found[name] = torch.empty(count, dtype=torch.int64, device="meta")
         before += score.numel()
     return found
-
-
-def check_fraction(method: Any, name: str = "fraction") -> None:
-    """Raise ValueError unless the field is a number in (0, 1]."""
-    value = getattr(method, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name} is {value!r}; it must be in (0, 1], such as 0.005 for half a percent.")
-
-
-def check_examples(method: Any, examples: Sequence[Any] | None, *, labels: bool = True) -> Sequence[Any]:
-    """The examples. Raises: ValueError if there are none, or one has no labels and the choice needs them."""
-    name = type(method).__name__
-    if not examples:
-        raise ValueError(f"{name} chooses by data: attach(model, examples), encoded, with labels.")
-    for example in examples if labels else ():
-        if "labels" not in example:
-            raise ValueError(
-                f"{name} chooses by the loss and needs labels, and an example has only {', '.join(example)}: "
-                "add labels."
-            )
-    return examples

@@ -6,11 +6,12 @@ rename replaces both at once), and `adapter.json`, the same description for peop
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +20,39 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from pefttutor.catalog import methods
-from pefttutor.method import Method, adapted, described_base, merged, refuse_adapted, saved_tensors
-from pefttutor.parts.fingerprint import check_base, describe_base
+from pefttutor.method import DEFAULT, Method, find
+from pefttutor.parts.attachment import base_of, restored_on_error
+from pefttutor.parts.entries import saved_choice, train_entries
+from pefttutor.parts.fingerprint import check_base
 from pefttutor.saving.files import write_atomically
 
-__all__ = ["load", "save"]
+__all__ = ["description", "load", "save"]
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write what the method attached to `model` has added and trained into `folder`, and return the folder.
+def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
+    """Write what the attachment called `name`, or the only one, has added and trained into `folder`; return the folder.
 
     An interruption leaves what was there before. An adapter already in the folder is replaced.
 
-    Raises: ValueError if no method is attached; RuntimeError if it is merged into the weights.
+    Raises: ValueError if there is no such attachment, or several and no name; RuntimeError if it is merged into the
+        weights, or switched off.
     """
-    method = adapted(model)
-    tensors = saved_tensors(model)
-    if merged(model):
+    attachment = find(model, name)
+    if attachment.merged:
         raise RuntimeError(
             "this model is merged, so its base weights aren't the base's any more: "
-            "save before method.merge(model), or call method.unmerge(model) first."
+            "save before pefttutor.merge(model), or call pefttutor.unmerge(model) first."
         )
-    description = {
-        "format": FORMAT,
-        "method": type(method).__name__,
-        "fields": dataclasses.asdict(method),  # type: ignore[call-overload]
-        "base": described_base(model) or describe_base(model, without=tensors.keys()),
-    }
-    text = json.dumps(description, indent=1)
+    if not attachment.active:
+        raise RuntimeError(
+            f"{attachment.name!r} is switched off, so the model holds other values: pefttutor.switch(model, "
+            f"{attachment.name!r}) first."
+        )
+    tensors = attachment.tensors(model)
+    text = json.dumps(description(model, attachment.name), indent=1)
     whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = Path(folder)
     write_atomically(folder / TENSORS, to_bytes(whole, metadata={"pefttutor": text}))
@@ -57,27 +60,67 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def description(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+    """What an attachment is, and on which base: all that a file says beside the tensors."""
+    attachment = find(model, name)
+    return {
+        "format": FORMAT,
+        "method": type(attachment.method).__name__,
+        "fields": dataclasses.asdict(attachment.method),
+        "base": base_of(model, without=attachment.tensors(model)),
+    }
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT) -> nn.Module:
     """Attach the method saved in `folder` to the base `model`, with what it had learned, and return the model.
 
-    Raises: FileNotFoundError, or ValueError for a damaged or foreign file or another base than it was trained on;
-        RuntimeError if the model is adapted already. The model is as it was then.
+    name: of the attachment in this model, whatever it was called where it was saved.
+
+    Raises: FileNotFoundError, or ValueError for a damaged or foreign file, another base than it was trained on, or a
+        name in use. The model is as it was then.
     """
-    refuse_adapted(model)
     path = Path(folder) / TENSORS
-    description, tensors = _read(path)
-    method = _method(description, path)
-    with _restored_on_error(model):
-        names = dict(model.named_parameters())
-        check_base(model, description["base"], without=[name for name in tensors if name in names])
-        method.restore(model, tensors) if hasattr(method, "restore") else method.attach(model)
-        into = saved_tensors(model)
+    about, tensors = _read(path)
+    _check_twin(path, about)
+    method = _method(about, path)
+    check_base(base_of(model, without=tensors), about["base"])
+    with restored_on_error(model):
+        _attach(model, _resolved(method, tensors, about["base"]), tensors, name)
+        attachment = find(model, name)
+        into = attachment.tensors(model)
         _check_tensors(into, tensors, path)
-    for name, tensor in into.items():
-        tensor.copy_(tensors[name])
-    if hasattr(method, "loaded"):
-        method.loaded(model)
+    for key, tensor in into.items():
+        tensor.copy_(tensors[key])
+    for part in attachment.parts:
+        part.loaded()
+    attachment.method = method
     return model
+
+
+def _attach(model: nn.Module, method: Any, tensors: dict[str, Tensor], name: str) -> None:
+    """Attach the method; one that has chosen entries gets those that were chosen."""
+    chosen = saved_choice(tensors)
+    if chosen:
+        train_entries(model, method, chosen, method.modules_to_save, name=name)
+    else:
+        method.attach(model, name=name)
+
+
+def _resolved(method: Any, tensors: dict[str, Tensor], base: dict[str, Any]) -> Any:
+    """The method with the whole names of its modules in the place of a pattern: a file's pattern is never run.
+
+    A regular expression can be made to run for hours. Which layers it meant is known from the tensors.
+    """
+    targets = getattr(method, "target_modules", None)
+    if not isinstance(targets, str):
+        return method
+    added = [key for key in tensors if key not in base and not _within(key, method.modules_to_save)]
+    names = dict.fromkeys(key.rpartition(".")[0] for key in added)
+    return dataclasses.replace(method, target_modules="|".join(map(re.escape, names)))
+
+
+def _within(key: str, modules: Collection[str]) -> bool:
+    return any(f".{module}." in f".{key}" for module in modules)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -119,37 +162,29 @@ def _method(description: dict[str, Any], path: Path) -> Method:
 def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is too much" for name in found if name not in expected]
-    problems += [
-        f"{name} has the shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
+    for name in expected.keys() & found.keys():
+        one, other = expected[name], found[name]
+        if one.shape != other.shape:
+            problems.append(f"{name} has the shape {tuple(other.shape)}, not {tuple(one.shape)}")
+        elif one.is_floating_point() != other.is_floating_point():
+            problems.append(f"{name} is of {other.dtype}, not of {one.dtype}")
+        elif other.is_floating_point() and not other.isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path} doesn't hold what its method needs: {'; '.join(problems[:3])}{more}.")
 
 
-@contextlib.contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Take back everything that the block has changed in the structure of `model`, if it fails."""
-    before = [
-        (
-            module,
-            dict(vars(module)),
-            {k: v.copy() for k, v in vars(module).items() if isinstance(v, (dict, set))},
-        )
-        for module in model.modules()
-    ]
-    trains = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+def _check_twin(path: Path, description: dict[str, Any]) -> None:
+    """Say so if the description for people isn't the one that counts: somebody may have edited it, in vain."""
+    twin = path.with_name(DESCRIPTION)
     try:
-        yield
-    except BaseException:
-        for module, attributes, tables in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, entries in tables.items():  # in place: hook handles refer to these very tables
-                attributes[key].clear()
-                attributes[key].update(entries)
-        for parameter, (requires_grad, grad) in trains.items():
-            parameter.requires_grad_(requires_grad).grad = grad
-        raise
+        same = not twin.is_file() or json.loads(twin.read_text(encoding="utf-8")) == description
+    except (ValueError, OSError):
+        same = False
+    if not same:
+        warnings.warn(
+            f"{twin} says something else than the header of {TENSORS}, which alone is read: was it edited? Save the "
+            "adapter again to make them agree.",
+            stacklevel=3,
+        )

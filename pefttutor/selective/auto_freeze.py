@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.selective.layers import below, blocks
+from pefttutor.method import DEFAULT, attached, attaching
+from pefttutor.parts.added import Added
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.blocks import below, blocks
+from pefttutor.parts.freezing import train_everything
+from pefttutor.parts.settings import check_number, check_whole
 
 __all__ = ["AutoFreeze", "settled"]
+
+NORMS, FROZEN = "autofreeze_norms", "autofreeze_frozen"
 
 
 def settled(before: Tensor, now: Tensor, frozen: int, percentile: float = 50) -> int:
@@ -44,44 +50,49 @@ class AutoFreeze:
     percentile: float = 50
 
     def __post_init__(self) -> None:
-        if self.interval < 1 or not 0 < self.percentile <= 100:
-            raise ValueError(
-                f"interval is {self.interval!r} and percentile {self.percentile!r}; expected ≥ 1 and in (0, 100]."
-            )
+        check_whole(self, "interval")
+        check_number(self, "percentile", above=0, below=100 + 1e-9)
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Let everything train, and add the buffers that AutoFreeze decides by. Raises: RuntimeError if adapted."""
-        base.refuse_adapted(model)
-        depth = len(blocks(model)[1])
-        base.freeze(model)
-        for p in model.parameters():
-            p.requires_grad_(p.is_floating_point())
-        model.register_buffer("autofreeze_norms", torch.zeros(2, depth))  # last interval, this one
-        model.register_buffer("autofreeze_frozen", torch.zeros((), dtype=torch.int64))
-        return base.mark(model, self, buffers=["autofreeze_norms", "autofreeze_frozen"])
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Let everything train, and add the buffers to decide by. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            depth, device = len(blocks(model)[1]), next(model.parameters()).device
+            new.add(train_everything(model))
+            norms = torch.zeros(2, depth, device=device)  # of the last interval, and of this one
+            frozen = torch.zeros((), dtype=torch.int64, device=device)
+            names = [added_key(key, name) for key in (NORMS, FROZEN)]
+            new.add(Added((model, "", key, t) for key, t in zip(names, (norms, frozen), strict=True)))
+        return model
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Add up this step's gradient norms; after each interval, freeze what has settled."""
-        name, stack = blocks(model)
-        norms, frozen = model.get_buffer("autofreeze_norms"), model.get_buffer("autofreeze_frozen")
+        for attachment in attached(model).values():
+            if attachment.method != self or not attachment.learns:
+                continue
+            norms, frozen = (model.get_buffer(added_key(key, attachment.name)) for key in (NORMS, FROZEN))
+            self._decide(model, norms, frozen, step)
+
+    def _decide(self, model: nn.Module, norms: Tensor, frozen: Tensor, step: int) -> None:
+        path, stack = blocks(model)
         grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in stack]
-        now = torch.stack([sum((g.abs().sum() for g in found), norms.new_zeros(())) for found in grads])
+        sums = [[g.abs().sum().to(norms) for g in found] for found in grads]
+        now = torch.stack([torch.stack(found).sum() if found else norms.new_zeros(()) for found in sums])
         if now.isfinite().all():  # a step that overflowed says nothing about what has settled
             norms[1] += now
         if (step + 1) % self.interval == 0:
             if norms[0].any():
                 frozen.fill_(settled(norms[0], norms[1], int(frozen), self.percentile))
             norms[0], norms[1] = norms[1].clone(), 0
-        _freeze_first(model, name, int(frozen))
+        _freeze_first(model, path, int(frozen))
 
 
-def _freeze_first(model: nn.Module, name: str, frozen: int) -> None:
+def _freeze_first(model: nn.Module, path: str, frozen: int) -> None:
     """Freeze the first blocks, and what comes before them, if there are any such blocks."""
     if frozen == 0:
         return
-    first = tuple(f"{name}.{i}." for i in range(frozen))
+    first = tuple(f"{path}.{i}." for i in range(frozen))
     before = below(model)
-    for parameter_name, p in model.named_parameters():
-        if parameter_name.startswith(first) or p in before:
+    for name, p in model.named_parameters():
+        if name.startswith(first) or p in before:
             p.requires_grad_(False)
             p.grad = None

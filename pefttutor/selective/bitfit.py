@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pefttutor import method as base
-from pefttutor.parts.entries import train_tensors
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.freezing import train_fully, whole
+from pefttutor.parts.modules import find_modules
+from pefttutor.parts.settings import check_names
 
 __all__ = ["BitFit"]
 
@@ -36,9 +38,15 @@ class BitFit:
     target_modules: str | Collection[str] | None = None
     modules_to_save: Collection[str] = ()
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model` but for its biases and return it. Raises: RuntimeError if it is adapted already."""
-        return train_tensors(model, self, self._biases(model), self.modules_to_save)
+    def __post_init__(self) -> None:
+        check_names(self, "target_modules", "modules_to_save")
+
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model` but for its biases and return it. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            for part in train_fully(model, self._biases(model), self.modules_to_save):
+                new.add(part)
+        return model
 
     def count(self, model: nn.Module) -> int:
         """How many biases train, without `modules_to_save`."""
@@ -46,14 +54,14 @@ class BitFit:
         return sum(sizes[name] for name in self._biases(model))
 
     def _biases(self, model: nn.Module) -> list[str]:
-        names = [n for n, _ in model.named_parameters() if n.rpartition(".")[2].endswith("bias")]
+        names = [name for name in whole(model) if name.rpartition(".")[2].endswith("bias")]
         if not names:
             raise ValueError(
                 "BitFit: this model has no bias (Llama's and Mistral's linear layers and RMSNorms have none). "
                 "Take LayerNormTuning, LoRA, or a model with biases."
             )
         if self.target_modules is not None:
-            targets = base.find_modules(model, self.target_modules)
+            targets = find_modules(model, self.target_modules)
             names = [name for name in names if name.rpartition(".")[0] in targets]
             if not names:
                 raise ValueError(f"BitFit: none of {', '.join(targets)} has a bias.")

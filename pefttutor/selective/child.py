@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.parts import entries
+from pefttutor.method import DEFAULT, attaching, trained_by
+from pefttutor.parts.entries import candidates, train_entries
+from pefttutor.parts.freezing import train_everything
 from pefttutor.parts.information import fisher_information
-from pefttutor.parts.ranking import check_examples, without_values
+from pefttutor.parts.ranking import largest_share, without_values
+from pefttutor.parts.settings import check_examples, check_fraction, check_names, check_whole
 
 __all__ = ["ChildTuningD", "ChildTuningF"]
 
@@ -42,22 +44,21 @@ class ChildTuningF:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self, "p_F")
+        check_fraction(self, "p_F")
+        check_whole(self, "seed", least=0)
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Let every parameter of `model` train and return it. Raises: RuntimeError if it is adapted already."""
-        base.refuse_adapted(model)
-        base.freeze(model)
-        for p in model.parameters():
-            p.requires_grad_(p.is_floating_point())
-        return base.mark(model, self)
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Let every parameter of `model` train and return it. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            new.add(train_everything(model))
+        return model
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Keep each gradient entry with probability p_F, divided by p_F."""
         if self.p_F == 1:
             return
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * step)
-        for p in model.parameters():
+        for p in trained_by(model, self):
             if p.grad is not None:
                 keep = torch.rand(p.shape, generator=generator) < self.p_F
                 p.grad.mul_(keep.to(p.grad.device)).div_(self.p_F)
@@ -85,22 +86,23 @@ class ChildTuningD:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self, "p_D")
+        check_fraction(self, "p_D")
+        check_names(self, "modules_to_save")
 
-    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None, **how: Any) -> nn.Module:
+    def attach(
+        self, model: nn.Module, examples: Sequence[Any] | None = None, *, name: str = DEFAULT, **how: Any
+    ) -> nn.Module:
         """Choose entries by `examples`, freeze the others, and return `model`. `how`: see `fisher_information`.
 
-        Raises: RuntimeError if it is adapted already; ValueError without examples or labels.
+        Raises: ValueError if the name is in use, without examples or labels.
         """
-        return entries.train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save)
+        return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
 
     def masks(self, model: nn.Module, examples: Sequence[Any] | None, **how: Any) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        tensors = entries.candidates(model, self.modules_to_save)
+        tensors = candidates(model, self.modules_to_save)
         if without_values(tensors):
-            return entries.largest_share(tensors, self.p_D)
+            return largest_share(tensors, self.p_D)
         examples = check_examples(self, examples, labels=False)
         scores = fisher_information(model, examples, samples=self.samples, **how)
-        return entries.largest_share({name: scores[name] for name in tensors}, self.p_D)
-
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+        return largest_share({name: scores[name] for name in tensors}, self.p_D)

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.parts import entries
-from pefttutor.parts.fingerprint import describe_base
-from pefttutor.parts.shadow import check_called, owners, shadow, unshadow
+from pefttutor.method import DEFAULT, Attachment, attached, attaching
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.entries import candidates, settle_as
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.ranking import largest_share
+from pefttutor.parts.settings import check_names, check_number
+from pefttutor.parts.shadow import Shadowed, check_called
 
 __all__ = ["DiffPruning", "gate", "open_probability"]
 
@@ -63,106 +66,119 @@ class DiffPruning:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        if not self.l0_weight >= 0 or not self.alpha_lr > 0:
-            raise ValueError(
-                f"l0_weight is {self.l0_weight!r} and alpha_lr {self.alpha_lr!r}; expected ≥ 0 and > 0."
-            )
+        check_number(self, "l0_weight", least=0)
+        check_number(self, "alpha_init")
+        check_number(self, "alpha_lr", above=0)
+        check_names(self, "modules_to_save")
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model`, give every weight a difference and gates, and return it."""
-        base.refuse_adapted(model)
-        tensors = entries.candidates(model, self.modules_to_save)
-        whole = set(entries.candidates(model)) - set(tensors)
-        check_called(model, tensors)
-        base.freeze(model)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in whole)
-        for weight in tensors.values():
-            parts = {DELTA: torch.zeros_like(weight), ALPHA: torch.full_like(weight, self.alpha_init)}
-            if self.structured:
-                parts[GROUP] = torch.full((), self.alpha_init, dtype=weight.dtype, device=weight.device)
-            new = {key: nn.Parameter(part.detach()) for key, part in parts.items()}
-            for layer, key in owners(model, weight):
-                for ending, parameter in new.items():
-                    layer.register_parameter(key + ending, parameter)
-                shadow(layer, key, _shifted)
-        return base.mark(model, self)
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model`, give every weight a difference and gates, and return it.
+
+        Raises: ValueError if the name is in use, or for a weight that is read without its layer.
+        """
+        with attaching(model, self, name) as new:
+            tensors = candidates(model, self.modules_to_save)
+            check_called(model, tensors)
+            for weight_name, weight in tensors.items():
+                key = weight_name.rpartition(".")[2]
+                shifted = Shifted(
+                    *(added_key(key + ending, name) for ending in (DELTA, ALPHA, GROUP)), self.structured
+                )
+                # At least float32: in half precision a gate of 5 would be too large to move by a step.
+                like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+                added = {
+                    shifted.delta: torch.zeros(weight.shape, **like),
+                    shifted.alpha: torch.full(weight.shape, self.alpha_init, **like),
+                }
+                if self.structured:
+                    added[shifted.group] = torch.full((), self.alpha_init, **like)
+                new.add(
+                    Shadowed(
+                        model, weight_name, name, shifted, {k: nn.Parameter(v) for k, v in added.items()}
+                    )
+                )
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model
 
     def penalty(self, model: nn.Module) -> Tensor:
         """λ · E‖z‖₀; 0 after `project`."""
-        parts = [_open(layer, key).sum() for layer, key in _gated(model).values()]
+        parts = [part.make.open(part.owners[0][0]).sum() for a in self._mine(model) for part in _gated(a)]
         return self.l0_weight * sum(parts, torch.zeros((), requires_grad=True))
 
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """AdamW with a learning rate for the gates; they don't decay."""
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        gates = [p for name, p in trained.items() if name.endswith((ALPHA, GROUP))]
-        others = [p for name, p in trained.items() if not name.endswith((ALPHA, GROUP))]
+        gates = [
+            part.owners[0][0].get_parameter(key)
+            for attachment in self._mine(model)
+            for part in _gated(attachment)
+            for key in part.added_keys[1:]
+        ]
+        ours = {id(gate) for gate in gates}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
         optimizer = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)
         if gates:
             optimizer.add_param_group({"params": gates, "lr": self.alpha_lr, "weight_decay": 0.0})
         return optimizer
 
-    def project(self, model: nn.Module, *, fraction: float = 0.005) -> nn.Module:
+    def project(self, model: nn.Module, *, fraction: float = 0.005, name: str | None = None) -> nn.Module:
         """Keep the largest |z ⊙ w|, drop the gates, and let the kept entries alone train on.
 
-        z is each gate's usual value, in whatever mode the model is.
+        z is each gate's usual value, in whatever mode the model is. `name`: which DiffPruning, where there are several.
 
         Raises: ValueError for a fraction outside (0, 1]; RuntimeError if no gates are attached.
         """
         if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(f"fraction is {fraction!r}; it must be in (0, 1].")
-        gated = _gated(model)
-        if not gated:
-            raise RuntimeError("project needs DiffPruning attached, with its gates, and this model has none.")
-        changes = {name: _change(layer, key).detach() for name, (layer, key) in gated.items()}
-        chosen = entries.largest_share({name: c.abs() for name, c in changes.items()}, fraction)
-        for weight in [layer._parameters[key] for layer, key in gated.values()]:
-            for layer, key in owners(model, weight):  # type: ignore[arg-type]
-                unshadow(layer, key)
-                for ending in (DELTA, ALPHA, GROUP):
-                    layer._parameters.pop(key + ending, None)
-        base.unmark(model)
-        parameters = dict(model.named_parameters())
-        described = describe_base(model, without=[n for n, p in parameters.items() if n not in changes])
-        with torch.no_grad():
-            for name, change in changes.items():
-                parameters[name].add_(change * chosen[name])
-        return entries.train_entries(model, self, chosen, self.modules_to_save, described=described)
+        mine = [a for a in self._mine(model) if _gated(a) and name in (None, a.name)]
+        if len(mine) != 1:
+            raise RuntimeError(
+                f"project needs DiffPruning attached, with its gates; this model has {len(mine)} such attachments."
+            )
+        gated = _gated(mine[0])
+        changes = {part.weight_name: part.make.change(part.owners[0][0]).detach() for part in gated}
+        chosen = largest_share({weight_name: c.abs() for weight_name, c in changes.items()}, fraction)
+        settle_as(model, mine[0], gated, chosen, changes)
+        return model
 
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+    def _mine(self, model: nn.Module) -> list[Attachment]:
+        return [a for a in attached(model).values() if a.method == self]
 
 
-def _gated(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every tensor with gates, once, by its name."""
-    found: dict[str, tuple[nn.Module, str]] = {}
-    names = dict(model.named_parameters())
-    for prefix, layer in model.named_modules():
-        for key, make in vars(layer).get("_shadows", {}).items():
-            if make is _shifted and f"{prefix}.{key}".lstrip(".") in names:
-                found[f"{prefix}.{key}".lstrip(".")] = (layer, key)
-    return found
+def _gated(attachment: Attachment) -> list[Any]:
+    """The parts with gates; none after `project`."""
+    return [p for p in attachment.parts if isinstance(p, Shadowed) and isinstance(p.make, Shifted)]
 
 
-def _open(layer: nn.Module, key: str) -> Tensor:
-    probability = open_probability(layer.get_parameter(key + ALPHA))
-    group = layer._parameters.get(key + GROUP)
-    return probability if group is None else probability * open_probability(group)
+@dataclass(frozen=True)
+class Shifted:
+    """In a weight's place: the weight and its gated difference. The fields are the keys of w, α and the group's α."""
 
+    delta: str
+    alpha: str
+    group: str
+    structured: bool
 
-def _change(layer: nn.Module, key: str, *, random: bool = False) -> Tensor:
-    """z ⊙ w: with random gates, or with their usual values."""
+    def __call__(self, layer: nn.Module, key: str, weight: Tensor) -> Tensor:
+        return weight + self.change(layer, random=layer.training).to(weight.dtype)
 
-    def opened(alpha: Any) -> Tensor:
-        u = torch.rand_like(alpha).clamp(1e-4, 1 - 1e-4) if random else None
-        return gate(alpha, u)
+    def change(self, layer: nn.Module, *, random: bool = False) -> Tensor:
+        """z ⊙ w: with random gates, or with their usual values."""
 
-    z = opened(layer.get_parameter(key + ALPHA))
-    group = layer._parameters.get(key + GROUP)
-    return (z if group is None else z * opened(group)) * layer.get_parameter(key + DELTA)
+        def opened(alpha: Tensor) -> Tensor:
+            u = torch.rand_like(alpha).clamp(1e-4, 1 - 1e-4) if random else None
+            return gate(alpha, u)
 
+        z = opened(layer.get_parameter(self.alpha))
+        if self.structured:
+            z = z * opened(layer.get_parameter(self.group))
+        return z * layer.get_parameter(self.delta)
 
-def _shifted(layer: nn.Module, key: str) -> Tensor:
-    weight = layer._parameters[key]
-    assert weight is not None
-    return weight + _change(layer, key, random=layer.training)
+    def open(self, layer: nn.Module) -> Tensor:
+        """The probability of each entry to have an open gate."""
+        probability = open_probability(layer.get_parameter(self.alpha))
+        return (
+            probability * open_probability(layer.get_parameter(self.group))
+            if self.structured
+            else probability
+        )

@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pefttutor.parts import entries
+from pefttutor.method import DEFAULT
+from pefttutor.parts.entries import candidates, train_entries
 from pefttutor.parts.information import fisher_information
-from pefttutor.parts.ranking import check_examples, exact_share, without_values
+from pefttutor.parts.ranking import exact_share, largest, without_values
+from pefttutor.parts.settings import check_examples, check_fraction, check_names, check_whole
 
 __all__ = ["FishMask"]
 
@@ -38,21 +40,23 @@ class FishMask:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self)
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples is {self.samples!r}; it must be a whole number ≥ 1.")
+        check_fraction(self)
+        check_names(self, "modules_to_save")
+        check_whole(self, "samples")
 
-    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None, **how: Any) -> nn.Module:
+    def attach(
+        self, model: nn.Module, examples: Sequence[Any] | None = None, *, name: str = DEFAULT, **how: Any
+    ) -> nn.Module:
         """Choose entries by `examples`, freeze the others, and return `model`. `how`: see `fisher_information`.
 
-        Raises: RuntimeError if it is adapted already; ValueError without examples or labels.
+        Raises: ValueError if the name is in use, without examples or labels.
         """
-        return entries.train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save)
+        return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
 
     def masks(self, model: nn.Module, examples: Sequence[Any] | None, **how: Any) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        tensors = entries.candidates(model, self.modules_to_save)
-        everything = sum(p.numel() for p in model.parameters())
+        tensors, every = candidates(model, self.modules_to_save), candidates(model)
+        everything = sum(p.numel() for p in every.values())
         head = everything - sum(p.numel() for p in tensors.values())
         k = int(exact_share(self.fraction, everything)) - head
         if k < 1:
@@ -61,9 +65,7 @@ class FishMask:
                 f"take at least {(head + 1) / everything:.2g}."
             )
         if without_values(tensors):
-            return entries.largest(tensors, k)
+            return largest(tensors, k)
         examples = check_examples(self, examples, labels=False)
         scores = fisher_information(model, examples, samples=self.samples, expected=self.expected, **how)
-        return entries.largest({name: scores[name] for name in tensors}, k)
-
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+        return largest({name: scores[name] for name in tensors}, k)

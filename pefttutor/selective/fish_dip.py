@@ -6,15 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.data.batches import collator
-from pefttutor.data.evaluation import evaluating
-from pefttutor.parts import entries
-from pefttutor.parts.information import fisher_information
-from pefttutor.parts.ranking import check_examples, exact_share, without_values
+from pefttutor.method import DEFAULT, attached
+from pefttutor.parts.entries import candidates, rechoose, train_entries
+from pefttutor.parts.information import example_losses, fisher_information
+from pefttutor.parts.ranking import exact_share, largest_share, without_values
+from pefttutor.parts.settings import check_examples, check_fraction, check_names, check_whole
 
 __all__ = ["FishDip"]
 
@@ -47,50 +45,46 @@ class FishDip:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self)
-        entries.check_fraction(self, "share")
-        if not isinstance(self.hardest, int) or self.hardest < 1:
-            raise ValueError(f"hardest is {self.hardest!r}; it must be a whole number ≥ 1.")
+        check_fraction(self)
+        check_names(self, "modules_to_save")
+        check_fraction(self, "share")
+        check_whole(self, "hardest")
 
-    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None) -> nn.Module:
-        """Choose entries by the hardest `examples`, freeze the others, and return `model`."""
-        return entries.train_entries(model, self, self.masks(model, examples), self.modules_to_save)
+    def attach(
+        self, model: nn.Module, examples: Sequence[Any] | None = None, *, name: str = DEFAULT, **how: Any
+    ) -> nn.Module:
+        """Choose entries by the hardest `examples`, freeze the others, and return `model`.
 
-    def refresh(self, model: nn.Module, examples: Sequence[Any]) -> nn.Module:
-        """Choose again, for the model as it is now.
+        `how`: see `fisher_information`. Raises: ValueError if the name is in use, or without examples or labels.
+        """
+        return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
+
+    def refresh(
+        self, model: nn.Module, examples: Sequence[Any], *, name: str | None = None, **how: Any
+    ) -> nn.Module:
+        """Choose again, for the model as it is now. `name`: which FishDip, where there are several.
 
         Raises: RuntimeError if no FishDip is attached; ValueError without examples or labels, FloatingPointError if
             a loss or gradient isn't finite: then the choice stays as it was.
         """
-        method = base.adapted(model)
-        if not isinstance(method, FishDip):
-            raise RuntimeError(f"refresh needs a FishDip attached, and the model has {method}.")
-        check_examples(self, examples)
-        kept, described = entries.entries(model), base.described_base(model)
-        entries.release(model)
-        try:
-            return self.attach(model, examples)
-        except BaseException:
-            entries.train_entries(model, method, kept, method.modules_to_save, described=described)
-            raise
+        mine = [
+            a for a in attached(model).values() if isinstance(a.method, FishDip) and name in (None, a.name)
+        ]
+        if len(mine) != 1:
+            raise RuntimeError(
+                f"refresh needs one FishDip attached, and the model has {attached(model) or 'nothing'}."
+            )
+        check_examples(self, examples, labels=not how)
+        rechoose(model, mine[0], lambda: self.masks(model, examples, **how))
+        return model
 
-    def masks(self, model: nn.Module, examples: Sequence[Any] | None) -> dict[str, Tensor]:
+    def masks(self, model: nn.Module, examples: Sequence[Any] | None, **how: Any) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        tensors = entries.candidates(model, self.modules_to_save)
+        tensors = candidates(model, self.modules_to_save)
         if without_values(tensors):
-            return entries.largest_share(tensors, self.fraction)
-        examples = check_examples(self, examples)
+            return largest_share(tensors, self.fraction)
+        examples = check_examples(self, examples, labels=not how)
         count = max(3, min(self.hardest, int(exact_share(self.share, len(examples)))))
-        order = losses(model, examples).argsort(descending=True, stable=True)[:count]
-        scores = fisher_information(model, [examples[int(i)] for i in order])
-        return entries.largest_share({name: scores[name] for name in tensors}, self.fraction)
-
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
-
-
-def losses(model: nn.Module, examples: Sequence[Any]) -> Tensor:
-    """The loss of each example, in evaluation mode. Shapes: → (n)."""
-    stack, device = collator(model), next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        found = [model(**{k: v.to(device) for k, v in stack([example]).items()}).loss for example in examples]
-    return torch.stack(found).cpu()
+        order = example_losses(model, examples, **how).argsort(descending=True, stable=True)[:count]
+        scores = fisher_information(model, [examples[int(i)] for i in order], **how)
+        return largest_share({name: scores[name] for name in tensors}, self.fraction)

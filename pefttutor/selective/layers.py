@@ -6,12 +6,15 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from pefttutor.parts.entries import check_fraction, train_tensors
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.blocks import blocks
+from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.ranking import exact_share
+from pefttutor.parts.settings import check_fraction, check_names
 
-__all__ = ["LastLayers", "below", "blocks"]
+__all__ = ["LastLayers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,14 @@ class LastLayers:
 
     def __post_init__(self) -> None:
         check_fraction(self)
+        check_names(self, "modules_to_save")
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model` but for its last blocks and return it. Raises: RuntimeError if it is adapted already."""
-        return train_tensors(model, self, self._names(model), self.modules_to_save)
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model` but for its last blocks and return it. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            for part in train_fully(model, self._names(model), self.modules_to_save):
+                new.add(part)
+        return model
 
     def count(self, model: nn.Module) -> int:
         """How many values of blocks train, without `modules_to_save`."""
@@ -48,31 +55,3 @@ class LastLayers:
         first = len(stack) - math.ceil(exact_share(self.fraction, len(stack)))
         last = [f"{name}.{i}." for i in range(first, len(stack))]
         return [n for n, _ in model.named_parameters() if any(n.startswith(start) for start in last)]
-
-
-def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the model's blocks: the list with most parameters; of two alike, the last.
-
-    Raises: ValueError if there is none.
-    """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    if not lists:
-        raise ValueError("this model has no list of blocks (an nn.ModuleList with several entries).")
-    return max(reversed(lists), key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-
-
-def below(model: nn.Module) -> set[Tensor]:
-    """The parameters of what comes before the model's blocks: embeddings, their norm, positions, a patch projection.
-
-    On the way from the model to the list of its blocks, that is each module's own parameters and those of the
-    modules registered before the next step (an encoder-decoder's encoder, too), but not of one called final or out.
-    """
-    found: set[Tensor] = set()
-    module = model
-    for step in blocks(model)[0].split("."):
-        children = list(module.named_children())
-        before = children[: [name for name, _ in children].index(step)]
-        found |= set(module.parameters(recurse=False))
-        found |= {p for n, m in before if "final" not in n and "out" not in n for p in m.parameters()}
-        module = module.get_submodule(step)
-    return found

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.kernels.sparse_adamw import read
-from pefttutor.parts import entries
+from pefttutor.kernels.flat_entries import read
+from pefttutor.method import DEFAULT, Attachment, attached, attaching
+from pefttutor.parts.entries import VALUES, candidates, entries, settle_as
+from pefttutor.parts.freezing import Whole, train_everything
+from pefttutor.parts.ranking import largest_share
+from pefttutor.parts.settings import check_fraction, check_names, check_number
 from pefttutor.parts.shadow import check_called
 
 __all__ = ["LTSFT", "add_differences", "difference"]
-
-START = "_start"
 
 Difference = Mapping[
     str, tuple[Tensor, Tensor]
@@ -36,7 +37,8 @@ class LTSFT:
     modules_to_save: modules that train fully in both phases, such as a new head; they are rewound too.
     l1_weight: λ of the paper's penalty λ/N · Σ|θ − θ₀| over all N entries, here in phase 1 alone.
 
-    Cost: phase 1 is full fine-tuning and keeps θ₀ in buffers, which aren't saved; phase 2 as `SparseFineTuning`.
+    Cost: phase 1 is full fine-tuning and keeps θ₀ in buffers beside the weights, which aren't saved; phase 2 as
+        `SparseFineTuning`.
     Raises: ValueError for a fraction outside (0, 1] or a negative l1_weight.
     Source: Ansell et al. 2022, arXiv:2110.07560, section 3; chapter 4.3.2, which leaves the rewinding out.
     """
@@ -46,77 +48,65 @@ class LTSFT:
     l1_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self)
-        if not self.l1_weight >= 0:
-            raise ValueError(f"l1_weight is {self.l1_weight!r}; it must be a number ≥ 0.")
+        check_fraction(self)
+        check_number(self, "l1_weight", least=0)
+        check_names(self, "modules_to_save")
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Phase 1: let everything train.
 
-        Raises: RuntimeError if `model` is adapted already; ValueError for a wrong name, or a weight that phase 2
-            couldn't train a part of.
+        Raises: ValueError if the name is in use, for a wrong name of a module, or a weight that phase 2 couldn't
+            train a part of.
         """
-        base.refuse_adapted(model)
-        check_called(model, entries.candidates(model, self.modules_to_save))
-        base.freeze(model)
-        for p in model.parameters():
-            p.requires_grad_(p.is_floating_point())
-        for name, p in list(model.named_parameters()):
-            layer, key = _place(model, name)
-            layer.register_buffer(key + START, p.detach().clone(), persistent=False)
-        return base.mark(model, self)
+        with attaching(model, self, name) as new:
+            check_called(model, candidates(model, self.modules_to_save))
+            new.add(train_everything(model, beside=True))
+        return model
 
-    def rewind(self, model: nn.Module) -> nn.Module:
+    def rewind(self, model: nn.Module, *, name: str | None = None) -> nn.Module:
         """Phase 2: choose the entries that moved most, put θ₀ back bit for bit, and let only them train.
 
-        Raises: RuntimeError if phase 1 wasn't started with `attach`.
+        `name`: which LTSFT, where there are several. Raises: RuntimeError if phase 1 wasn't started with `attach`.
         """
-        start = _start(model)
-        if not start:
+        mine = [a for a in self._mine(model) if _first_phase(a) and name in (None, a.name)]
+        if len(mine) != 1:
             raise RuntimeError(
                 "rewind needs phase 1 before it: method.attach(model), train, method.rewind(model)."
             )
-        tensors = entries.candidates(model, self.modules_to_save)
-        scores = {name: (p.detach() - start[name]).abs() for name, p in tensors.items()}
-        chosen = entries.largest_share(scores, self.fraction)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(start[name])
-                layer, key = _place(model, name)
-                delattr(layer, key + START)
-        base.unmark(model)
-        return entries.train_entries(model, self, chosen, self.modules_to_save)
+        start = _first_phase(mine[0])
+        tensors = candidates(model, self.modules_to_save)
+        scores = {n: (p.detach() - start[n]).abs() for n, p in tensors.items() if n in start}
+        settle_as(
+            model, mine[0], mine[0].parts, largest_share(scores, self.fraction), {}, self.modules_to_save
+        )
+        return model
 
     def penalty(self, model: nn.Module) -> Tensor:
         """λ · mean |θ − θ₀| in phase 1, else 0."""
-        start = _start(model) if self.l1_weight else {}
-        trained = [(p, start[n]) for n, p in model.named_parameters() if n in start and p.requires_grad]
+        starts = [_first_phase(a) for a in self._mine(model) if a.learns] if self.l1_weight else []
+        parameters = dict(model.named_parameters())
+        trained = [(parameters[n], before) for start in starts for n, before in start.items()]
         if not trained:
             return torch.zeros((), requires_grad=True)
         total = torch.stack([(p - before).abs().sum() for p, before in trained]).sum()
         return self.l1_weight / sum(p.numel() for p, _ in trained) * total
 
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+    def _mine(self, model: nn.Module) -> list[Attachment]:
+        return [a for a in attached(model).values() if a.method == self]
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The layer that holds the parameter called `name`, and what it calls it."""
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
-
-
-def _start(model: nn.Module) -> dict[str, Tensor]:
+def _first_phase(attachment: Attachment) -> dict[str, Tensor]:
     """θ₀ by the name of each parameter; empty but for phase 1."""
-    buffers = dict(model.named_buffers())
-    return {n: buffers[n + START] for n, _ in model.named_parameters() if n + START in buffers}
+    found = [part for part in attachment.parts if isinstance(part, Whole) and part.beside]
+    return {name: start for part in found for name, start in part.starts().items()}
 
 
 def difference(model: nn.Module, start: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """φ = θ₂ − θ₀ at the entries that `model` has trained; `start` is the base it was trained from."""
     theta_0, theta_2 = dict(start.named_parameters()), dict(model.named_parameters())
     return {
-        name: (index.long(), theta_2[name + entries.VALUES].detach() - read(theta_0[name], index))
-        for name, index in entries.entries(model).items()
+        name: (index.long(), theta_2[name + VALUES].detach() - read(theta_0[name], index))
+        for name, index in entries(model).items()
     }
 
 

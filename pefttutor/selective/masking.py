@@ -7,16 +7,19 @@ It prunes: a weight that isn't chosen becomes 0, rather than staying as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.parts import entries
-from pefttutor.parts.shadow import check_called, owners, shadow
+from pefttutor.method import DEFAULT, attached, attaching
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.freezing import fully_trained, train_fully
+from pefttutor.parts.modules import find_modules
+from pefttutor.parts.settings import check_fraction, check_names, check_number, check_whole
+from pefttutor.parts.shadow import Shadowed, check_called
 
 __all__ = ["Masking", "packed_masks"]
 
@@ -47,41 +50,49 @@ class Masking:
     init_seed: int = 0
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self, "init_sparsity")
+        check_fraction(self, "init_sparsity")
+        check_number(self, "threshold", above=LOW)
+        check_whole(self, "init_seed", least=0)
+        check_names(self, "target_modules", "modules_to_save")
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model`, give its target weights scores, and return it. Raises: RuntimeError if adapted already."""
-        base.refuse_adapted(model)
-        targets = base.find_modules(model, self.target_modules)
-        whole = set(entries.candidates(model)) - set(entries.candidates(model, self.modules_to_save))
-        weights = self._weights(targets, whole)
-        check_called(model, [f"{name}.weight" for name in weights])
-        generator = torch.Generator().manual_seed(self.init_seed)
-        high = (self.threshold - LOW) / self.init_sparsity + LOW
-        base.freeze(model)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in whole)
-        for weight in weights.values():
-            drawn = torch.rand(weight.shape, generator=generator) * (high - LOW) + LOW
-            scores = nn.Parameter(drawn.to(weight))
-            for layer, key in owners(model, weight):
-                layer.register_parameter(key + SCORES, scores)
-                vars(layer)["_threshold"] = self.threshold
-                shadow(layer, key, _masked)
-        return base.mark(model, self)
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model`, give its target weights scores, and return it. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            weights = self._weights(model)
+            generator = torch.Generator().manual_seed(self.init_seed)
+            high = (self.threshold - LOW) / self.init_sparsity + LOW
+            for weight_name, weight in weights.items():
+                key = added_key(weight_name.rpartition(".")[2] + SCORES, name)
+                drawn = torch.rand(weight.shape, generator=generator) * (high - LOW) + LOW
+                # At least float32: in half precision most scores would be too large to move by a step.
+                scores = nn.Parameter(
+                    drawn.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+                )
+                new.add(Shadowed(model, weight_name, name, Masked(key, self.threshold), {key: scores}))
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model
 
-    def _weights(self, targets: Mapping[str, nn.Module], whole: Collection[str]) -> dict[str, Tensor]:
-        """The weights to mask, by the name of their layer. Raises: ValueError where there is none."""
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights to mask, by their name. Raises: ValueError where there is none."""
+        fully = fully_trained(model, self.modules_to_save)[0]
+        names = {id(p): name for name, p in model.named_parameters()}
         weights = {}
-        for name, layer in targets.items():
+        for path, layer in find_modules(model, self.target_modules).items():
             weight = getattr(layer, "weight", None)
             if not isinstance(weight, Tensor):
                 raise ValueError(
-                    f"target_modules: {name!r} is a {type(layer).__name__}, without a weight of its own; "
+                    f"target_modules: {path!r} is a {type(layer).__name__}, without a weight of its own; "
                     "name the layers inside it."
                 )
-            if f"{name}.weight" not in whole:
-                weights[name] = weight
+            if id(weight) not in names:
+                raise ValueError(
+                    f"target_modules: {path!r} makes its weight anew at each call (is it pruned or normalised?), so "
+                    "nothing can be masked there."
+                )
+            if names[id(weight)] not in fully:
+                weights[names[id(weight)]] = weight
+        check_called(model, weights)
         if not weights:
             raise ValueError(
                 f"target_modules {self.target_modules!r} all train fully as modules_to_save, so nothing is masked; "
@@ -96,30 +107,37 @@ def packed_masks(model: nn.Module) -> dict[str, Tensor]:
     Shapes: → (⌈n / 8⌉) uint8, the first weight in the lowest bit.
     """
     found = {}
-    for prefix, layer in model.named_modules():
-        for key, make in vars(layer).get("_shadows", {}).items():
-            if make is _masked:
-                bits = (layer.get_parameter(key + SCORES) > vars(layer)["_threshold"]).flatten()
+    for attachment in attached(model).values():
+        for part in attachment.parts:
+            if isinstance(part, Shadowed) and isinstance(part.make, Masked):
+                (scores,) = part.trained()
+                bits = (scores > part.make.threshold).flatten()
                 bits = nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-                found[f"{prefix}.{key}"] = (bits << torch.arange(8, dtype=torch.uint8)).sum(
-                    1, dtype=torch.uint8
-                )
+                powers = torch.arange(8, dtype=torch.uint8, device=bits.device)
+                found[part.weight_name] = (bits << powers).sum(1, dtype=torch.uint8)
     return found
 
 
-def _masked(layer: nn.Module, key: str) -> Tensor:
-    return _StraightThrough.apply(
-        layer.get_parameter(key + SCORES), layer._parameters[key], vars(layer)["_threshold"]
-    )
+@dataclass(frozen=True)
+class Masked:
+    """In a weight's place: the weight where its score is above the threshold, else 0."""
+
+    scores: str
+    threshold: float
+
+    def __call__(self, layer: nn.Module, key: str, weight: Tensor) -> Tensor:
+        return _StraightThrough.apply(layer.get_parameter(self.scores), weight, self.threshold)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, weight: Tensor, threshold: float) -> Tensor:
-        ctx.save_for_backward(weight)
-        return weight * (scores > threshold)
+        mask = scores > threshold
+        ctx.save_for_backward(weight, mask if weight.requires_grad else None)
+        ctx.dtype = scores.dtype
+        return weight * mask
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return grad * weight, None, None
+        weight, mask = ctx.saved_tensors
+        return (grad * weight).to(ctx.dtype), None if mask is None else grad * mask, None

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pefttutor.parts.entries import train_tensors
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.settings import check_names
 
 __all__ = ["LayerNormTuning"]
 
@@ -29,9 +31,15 @@ class LayerNormTuning:
 
     modules_to_save: Collection[str] = ()
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model` but for its norms and return it. Raises: RuntimeError if it is adapted already."""
-        return train_tensors(model, self, self._norms(model), self.modules_to_save)
+    def __post_init__(self) -> None:
+        check_names(self, "modules_to_save")
+
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model` but for its norms and return it. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            for part in train_fully(model, self._norms(model), self.modules_to_save):
+                new.add(part)
+        return model
 
     def count(self, model: nn.Module) -> int:
         """How many values of norms train, without `modules_to_save`."""

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pefttutor.parts import entries
+from pefttutor.method import DEFAULT
+from pefttutor.parts.entries import candidates, train_entries
+from pefttutor.parts.ranking import largest_share
+from pefttutor.parts.settings import check_fraction, check_names
 
 __all__ = ["PaFi"]
 
@@ -31,17 +34,16 @@ class PaFi:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self)
+        check_fraction(self)
+        check_names(self, "modules_to_save")
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model` but for the chosen entries and return it. Raises: RuntimeError if it is adapted already."""
-        return entries.train_entries(model, self, self.masks(model), self.modules_to_save)
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model` but for the chosen entries and return it. Raises: ValueError if the name is in use."""
+        return train_entries(model, self, self.masks(model), self.modules_to_save, name=name)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
         tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        tensors = entries.candidates(model, self.modules_to_save)
+        tensors = candidates(model, self.modules_to_save)
         scores = {name: -p.detach().abs() for name, p in tensors.items() if p not in tables}
-        return entries.largest_share(scores, self.fraction)
-
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+        return largest_share(scores, self.fraction)

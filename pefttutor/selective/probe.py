@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pefttutor.parts.entries import train_tensors
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.settings import check_names
 
 __all__ = ["LinearProbe"]
 
@@ -25,6 +27,12 @@ class LinearProbe:
 
     modules_to_save: Collection[str] = ("classifier",)
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model` but for its head and return it. Raises: RuntimeError if it is adapted already."""
-        return train_tensors(model, self, (), self.modules_to_save)
+    def __post_init__(self) -> None:
+        check_names(self, "modules_to_save")
+
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model` but for its head and return it. Raises: ValueError if the name is in use."""
+        with attaching(model, self, name) as new:
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model

@@ -12,14 +12,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pefttutor.data.batches import Collate, collator, count_targets, predicts_next
-from pefttutor.data.evaluation import evaluating
-from pefttutor.parts import entries
-from pefttutor.parts.information import fisher_information
-from pefttutor.parts.ranking import check_examples, without_values
+from pefttutor.method import DEFAULT
+from pefttutor.parts.entries import candidates, train_entries
+from pefttutor.parts.information import fisher_information, total_gradient
+from pefttutor.parts.ranking import largest_share, without_values
+from pefttutor.parts.settings import check_examples, check_fraction, check_names, check_number
 
 __all__ = ["SecondOrderMask", "second_order_scores"]
 
@@ -61,58 +60,36 @@ class SecondOrderMask:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        entries.check_fraction(self)
-        if self.damping is not None and not self.damping > 0:
-            raise ValueError(f"damping is {self.damping!r}; it must be a number > 0, or None for h = 1.")
+        check_fraction(self)
+        check_names(self, "modules_to_save")
+        if self.damping is not None:
+            check_number(self, "damping", above=0, hint=", or None for h = 1")
 
-    def attach(self, model: nn.Module, examples: Sequence[Any] | None = None) -> nn.Module:
-        """Choose entries by `examples`, freeze the others, and return `model`.
+    def attach(
+        self, model: nn.Module, examples: Sequence[Any] | None = None, *, name: str = DEFAULT, **how: Any
+    ) -> nn.Module:
+        """Choose entries by `examples`, freeze the others, and return `model`. `how`: see `fisher_information`.
 
-        Raises: RuntimeError if it is adapted already; ValueError without examples.
+        Raises: ValueError if the name is in use, or without examples.
         """
-        return entries.train_entries(model, self, self.masks(model, examples), self.modules_to_save)
+        return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
 
-    def masks(self, model: nn.Module, examples: Sequence[Any] | None) -> dict[str, Tensor]:
+    def masks(self, model: nn.Module, examples: Sequence[Any] | None, **how: Any) -> dict[str, Tensor]:
         """What would be chosen, by the name of each tensor; changes nothing."""
-        scores = entries.candidates(model, self.modules_to_save)
+        scores = candidates(model, self.modules_to_save)
         if not without_values(scores):
-            scores = self._scores(model, check_examples(self, examples), scores)
+            scores = self._scores(model, check_examples(self, examples, labels=not how), scores, **how)
         if not self.per_tensor:
-            return entries.largest_share(scores, self.fraction)
-        parts = [entries.largest_share({n: s}, self.fraction) for n, s in scores.items()]
+            return largest_share(scores, self.fraction)
+        parts = [largest_share({n: s}, self.fraction) for n, s in scores.items()]
         return {name: mask for part in parts for name, mask in part.items()}
 
-    def _scores(self, model: nn.Module, examples: Sequence[Any], names: Iterable[str]) -> dict[str, Tensor]:
+    def _scores(
+        self, model: nn.Module, examples: Sequence[Any], names: Iterable[str], **how: Any
+    ) -> dict[str, Tensor]:
         curvature: dict[str, Tensor] = {}
         if self.damping is not None:
-            fisher = fisher_information(model, examples)
+            fisher = fisher_information(model, examples, **how)
             curvature = {n: f + self.damping * f.mean().clamp(min=1e-30) for n, f in fisher.items()}
-        gradient = total_gradient(model, examples)
+        gradient = total_gradient(model, examples, **how)
         return {n: second_order_scores(gradient[n], curvature.get(n)) for n in names}
-
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
-
-
-def total_gradient(
-    model: nn.Module, examples: Sequence[Any], *, batch_size: int = 16, collate: Collate | None = None
-) -> dict[str, Tensor]:
-    """The gradient of the mean loss over all examples' labels, signed, in evaluation mode; changes nothing."""
-    stack, device = collate or collator(model), next(model.parameters()).device
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    counted = 0
-    try:
-        model.requires_grad_(True).zero_grad()
-        with evaluating(model):
-            for start in range(0, len(examples), batch_size):
-                rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
-                batch = {k: v.to(device) for k, v in stack(rows).items()}
-                count = count_targets(batch, shifted=predicts_next(model))
-                (model(**batch).loss * count).backward()
-                counted += count
-        return {
-            n: (torch.zeros_like(p) if p.grad is None else p.grad / counted)
-            for n, p in model.named_parameters()
-        }
-    finally:
-        for p, requires_grad, grad in before:
-            p.requires_grad_(requires_grad).grad = grad

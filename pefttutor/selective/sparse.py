@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pefttutor.parts import entries
+from pefttutor.method import DEFAULT
+from pefttutor.parts.entries import train_entries
+from pefttutor.parts.settings import check_names
 
 __all__ = ["SparseFineTuning"]
 
@@ -30,16 +32,19 @@ class SparseFineTuning:
 
     modules_to_save: Collection[str] = ()
 
-    def attach(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+    def __post_init__(self) -> None:
+        check_names(self, "modules_to_save")
+
+    def attach(
+        self, model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, name: str = DEFAULT
+    ) -> nn.Module:
         """Freeze `model` but for the entries of `masks` and return it.
 
         masks: by the name of a parameter, booleans of its shape (or the flat places of its entries, as int64: whole
             numbers are always places, so a mask of 0 and 1 is written mask.bool()).
-        Raises: RuntimeError if it is adapted already; ValueError without masks, for a mask of another shape or
+        Raises: ValueError if the name is in use, without masks, for a mask of another shape or
             model, or one in which nothing is chosen.
         """
         if masks is None:
             raise ValueError("SparseFineTuning needs masks: attach(model, {'layer.weight': booleans, …})")
-        return entries.train_entries(model, self, masks, self.modules_to_save)
-
-    after_step, restore, loaded = entries.after_step, entries.restore, entries.loaded
+        return train_entries(model, self, masks, self.modules_to_save, name=name)

@@ -1,12 +1,17 @@
 """What `fit` refuses, before its first step: bad settings, and a state that isn't this run's."""
 
+import dataclasses
+import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pefttutor.method import merged
+from pefttutor.method import attached
+from pefttutor.parts.attachment import base_of
+from pefttutor.parts.fingerprint import check_base
 
 SCHEDULES = ("linear", "constant", "cosine")
 
@@ -21,9 +26,10 @@ def check_settings(
             "nothing trains: no parameter of the model has requires_grad. Attach a method first, "
             "or call model.requires_grad_(True) for full fine-tuning."
         )
-    if merged(model):
+    merged = [a.name for a in attached(model).values() if a.merged and a.learns]
+    if merged:
         raise ValueError(
-            "the method is merged into the weights, so that what trains has no effect: unmerge it first"
+            f"{merged[0]!r} is merged into the weights, so that what trains has no effect: unmerge it first"
         )
     if given["steps"] is not None and given["epochs"] is not None:
         raise ValueError(f"steps={given['steps']} and epochs={given['epochs']} were both given; choose one")
@@ -45,10 +51,35 @@ def check_settings(
         raise ValueError("resume=True needs checkpoint=, the folder that the interrupted run wrote to")
 
 
-def check_resumable(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise ValueError when a saved run had other settings: going on would not be the same run."""
-    different = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in given.items() if saved.get(k) != v]
+def described(model: nn.Module, written: Collection[str] = ()) -> dict[str, Any]:
+    """What a run is about, beside its settings: the attached methods, and the base that they are on.
+
+    written: parameters that a method changes without training them, as ReLoRA does: they are in the saved state.
+    """
+    methods = {
+        name: {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "learns": a.learns}
+        for name, a in attached(model).items()
+    }
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not methods]
+    return json.loads(
+        json.dumps({"attachments": methods, "base": base_of(model, without=[*trained, *written])})
+    )
+
+
+def check_resumable(saved: dict[str, Any], settings: dict[str, Any], model: nn.Module) -> None:
+    """Raise ValueError when a saved run had other settings, methods or another base: it would not be the same run."""
+    then = saved["settings"]
+    different = [f"{k} was {then.get(k)!r}, now {v!r}" for k, v in settings.items() if then.get(k) != v]
     if different:
         raise ValueError(
             f"the saved run had other settings: {'; '.join(different)}. Use those, or resume=False"
         )
+    if "attachments" not in saved:
+        return  # written before this was noted
+    now = described(model)
+    if saved["attachments"] != now["attachments"]:
+        raise ValueError(
+            f"the saved run trained {saved['attachments'] or 'without a method'}, and this model carries "
+            f"{now['attachments'] or 'none'}. Attach the same methods with the same settings, or use resume=False"
+        )
+    check_base({name: values for name, values in now["base"].items() if name in saved["base"]}, saved["base"])

@@ -1,11 +1,10 @@
 """`fit`: one plain training loop.
 
-Read it from `while True`: gather the gradient, let the method have its say, clip, step. What stands around it
-is for people: clear errors before the first step, a bar, a record, stopping and going on.
+Read it from `while True`: gather the gradient, let the methods have their say, clip, step. What stands around it is
+for people, and in `Run`: a bar, a record, stopping and going on.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,12 @@ from torch import nn
 
 from pefttutor.data.batches import Batch, Collate, Loss, collator, count_targets, predicts_next
 from pefttutor.data.checks import check_examples
-from pefttutor.data.evaluation import evaluate
-from pefttutor.method import adapted
-from pefttutor.train.checkpoint import (
-    read_state,
-    restore,
-    rng_state,
-    save_state,
-    set_rng_state,
-    uninterrupted,
-    versions,
-)
-from pefttutor.train.checks import check_resumable, check_settings
+from pefttutor.train.checkpoint import uninterrupted
+from pefttutor.train.checks import check_settings
 from pefttutor.train.history import History
-from pefttutor.train.progress import bar
-from pefttutor.train.schedule import lr_factor, step_indices
+from pefttutor.train.hooks import Hooks
+from pefttutor.train.run import Run
+from pefttutor.train.schedule import step_indices
 
 __all__ = ["fit"]
 
@@ -65,7 +55,7 @@ def fit(
         g = Σ_k (n_k / Σ n) ∇ loss_k + ∇ penalty,   clipped to the norm `max_grad_norm`, then AdamW.
 
     method: asked for its hooks penalty, after_backward, after_step and optimizer, where it has them; None takes
-        the method that is attached to the model, if there is one. Steps are counted from 0 for the hooks.
+        the methods that are attached to the model and train. Steps are counted from 0 for the hooks.
     weight_decay: on all that trains (AdamW, one group), unless the method brings its own optimizer.
     steps or epochs: how long; neither means 3 epochs. The last batch of an epoch may be smaller.
     validation: evaluated after every `evaluate_every` steps (None: after each epoch) and at the end;
@@ -92,98 +82,58 @@ def fit(
         if examples is not None:
             check_examples(model, examples, name, needs_labels=loss is None)
     settings["examples"] = len(train)
-    per_epoch = math.ceil(len(train) / (batch_size * accumulate))
-    total = steps or max(1, round((epochs or 3) * per_epoch))
-    every = evaluate_every or per_epoch
-    method = method or adapted(model)
-    stack, device, before = collate or collator(model), next(model.parameters()).device, versions(model)
-
-    optimizer = _optimizer(model, method, lr, weight_decay)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    history, outside = History(), rng_state(device)
-    if resume and checkpoint is not None:
-        tensors, header = read_state(checkpoint)
-        check_resumable(header["rest"]["settings"], settings)
-        rng = restore(model, optimizer, tensors, header)
-        history = History(**header["rest"]["history"])
-    else:
-        torch.manual_seed(seed)
-        rng = rng_state(device)
-
-    def keep() -> None:
-        if checkpoint is not None:
-            rest = {"settings": settings, "history": history.as_dict() | {"interrupted": False}}
-            save_state(checkpoint, model, optimizer, rng, before, rest)
-
-    shown = bar(total, done=len(history.steps), show=progress)
-    try:
+    per_step = batch_size * accumulate
+    per_epoch = math.ceil(len(train) / per_step)
+    stack, hooks = collate or collator(model), Hooks(model, method)
+    run = Run(
+        model=model, optimizer=hooks.optimizer(lr=lr, weight_decay=weight_decay), settings=settings,
+        total=steps or max(1, round((epochs or 3) * per_epoch)), every=evaluate_every or per_epoch,
+        checkpoint=checkpoint, validation=validation, metric=metric, loss=loss, collate=stack,
+    )  # fmt: skip
+    with run.started(resume=resume, seed=seed, show=progress):
         while True:
-            done = len(history.steps)
-            if done and (done % every == 0 or done == total):
-                _validate(model, history, validation, metric, loss=loss, collate=stack)
-                keep()
-            if done == total:
+            run.evaluate()
+            if run.done == run.total:
                 break
-            started = time.perf_counter()
-            model.train()
-            set_rng_state(rng, device)  # evaluation may have drawn numbers; training must not notice
-            factor = lr_factor(done, total, warmup=warmup, schedule=schedule)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            chosen = [train[i] for i in step_indices(done, len(train), batch_size * accumulate, seed)]
+            run.begin()
+            chosen = [train[i] for i in step_indices(run.done, len(train), per_step, seed)]
             batches = [stack(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
-            value = _gradient(model, method, batches, loss, done)
+            value = _gradient(model, batches, loss, run.done)
+            hooks.penalty().backward()
             with uninterrupted():
-                _update(model, method, optimizer, done, max_grad_norm)
-                lr_now = optimizer.param_groups[0]["lr"]
-                history.record(loss=value, lr=lr_now, step_s=time.perf_counter() - started)
-                rng = rng_state(device)
-            shown.set_postfix_str(f"loss {value:.3f}", refresh=False)
-            shown.update()
-    except KeyboardInterrupt:
-        history.interrupted = True
-        keep()
-    finally:
-        shown.close()
-        model.zero_grad()
-        model.eval()
-        set_rng_state(outside, device)
-    return history
+                hooks.after_backward(run.done)
+                _step(model, run.optimizer, max_grad_norm, run.done)
+                hooks.after_step(run.done)
+                model.zero_grad()
+                run.record(value)
+    return run.history
 
 
-def _optimizer(model: nn.Module, method: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    if hasattr(method, "optimizer"):
-        return method.optimizer(model, lr=lr, weight_decay=weight_decay)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
-
-
-def _gradient(model: Any, method: Any, batches: list[Batch], loss: Loss | None, step: int) -> float:
-    """Add up the gradient of the mean over all batches' labels, and the penalty's; returns that mean."""
+def _gradient(model: Any, batches: list[Batch], loss: Loss | None, step: int) -> float:
+    """Add up the gradient of the mean over all batches' labels; returns that mean."""
     device = next(model.parameters()).device
-    counts = [count_targets(batch, shifted=predicts_next(model)) for batch in batches]
+    shifted = predicts_next(model, batches[0]) if loss is None else predicts_next(model)
+    counts = [count_targets(batch, shifted=shifted) for batch in batches]
     parts = []
     for batch, count in zip(batches, counts, strict=True):
+        if count == 0:
+            continue  # a mean over no label at all is NaN, and NaN · 0 too
         batch = {key: value.to(device) for key, value in batch.items()}
         part = (loss(model, batch) if loss else model(**batch).loss) * (count / sum(counts))
         part.backward()
         parts.append(part.detach())
+    if not parts:
+        raise ValueError(f"no example of step {step + 1} has a label that counts: all are −100.")
     if not math.isfinite(value := torch.stack(parts).sum().item()):
         raise FloatingPointError(
             f"the loss is {value} at step {step + 1}; the weights are those after step {step}. "
             "Try a smaller lr, a longer warmup or a smaller max_grad_norm, or float32 instead of float16."
         )
-    if hasattr(method, "penalty"):
-        method.penalty(model).backward()
     return value
 
 
-def _update(
-    model: nn.Module, method: Any, optimizer: torch.optim.Optimizer, step: int, max_grad_norm: float | None
-) -> None:
-    """Change the weights; the method may change the gradient before, and the model after."""
-    if hasattr(method, "after_backward"):
-        method.after_backward(model, step)
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, step: int) -> None:
+    """Clip the gradient and change the weights."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
     if not math.isfinite(norm):
         raise FloatingPointError(
@@ -191,30 +141,3 @@ def _update(
             f"the weights are those after step {step}. Try a smaller lr, or float32 instead of float16."
         )
     optimizer.step()
-    if hasattr(method, "after_step"):
-        method.after_step(model, step)
-    model.zero_grad()
-
-
-def _validate(
-    model: nn.Module,
-    history: History,
-    validation: Sequence[Any] | None,
-    metric: Callable[[Any], Any] | None,
-    *,
-    loss: Loss | None,
-    collate: Collate,
-) -> None:
-    done = len(history.steps)
-    if (validation is None and metric is None) or (
-        history.validation and history.validation[-1]["step"] == done
-    ):
-        return
-    model.eval()
-    entry: dict[str, float] = {"step": done}
-    if validation is not None:
-        entry |= evaluate(model, validation, loss=loss, collate=collate)
-    if metric is not None:
-        measured = metric(model)
-        entry |= measured if isinstance(measured, dict) else {"metric": float(measured)}
-    history.validation.append(entry)

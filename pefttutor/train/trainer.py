@@ -1,14 +1,18 @@
-"""The hooks of a method inside `transformers.Trainer`, for those who train with it instead of `fit`."""
+"""The hooks of attached methods inside `transformers.Trainer`, for those who train with it instead of `fit`."""
 
 from typing import Any
 
 from torch import nn
 
+from pefttutor.train.hooks import Hooks
 
-def callback(method: Any) -> Any:
-    """A TrainerCallback that calls the hooks of `method` where `pefttutor.fit` does.
+__all__ = ["callback"]
 
-        trainer = Trainer(model, args, train_dataset=…, callbacks=[pefttutor.callback(method)])
+
+def callback(method: Any = None) -> Any:
+    """A TrainerCallback that calls the hooks of the attached methods where `pefttutor.fit` does.
+
+        trainer = Trainer(model, args, train_dataset=…, callbacks=[pefttutor.callback()])
 
     Before each optimizer step the penalty's gradient is added, then after_backward runs; after it, after_step.
     The Trainer clips before callbacks are called. A penalty or mask that came later would escape the clipping,
@@ -18,6 +22,8 @@ def callback(method: Any) -> Any:
     A callback can't choose the optimizer. For a method that brings its own, give it to the Trainer:
     `Trainer(…, optimizers=(method.optimizer(model, lr=…, weight_decay=…), None))`.
 
+    method: asked in the place of those that are attached, or None.
+
     Raises: ValueError at the start of training with fp16 and a penalty or after_backward: the Trainer's gradients
         are then scaled by a factor that the hooks don't know. bf16 has no such factor.
     """
@@ -26,13 +32,16 @@ def callback(method: Any) -> Any:
     class MethodCallback(TrainerCallback):
         max_grad_norm = 0.0  # what this callback clips to; 0 leaves clipping to the Trainer
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not (hasattr(method, "penalty") or hasattr(method, "after_backward")):
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+        ) -> None:
+            assert model is not None
+            self.hooks = Hooks(model, method)
+            if not self.hooks.changes_gradients:
                 return
             if args.fp16:
-                raise ValueError(
-                    f"{type(method).__name__} changes gradients, which fp16 scales: use bf16=True"
-                )
+                names = ", ".join(type(method).__name__ for method in self.hooks.methods)
+                raise ValueError(f"{names} changes gradients, which fp16 scales: use bf16=True")
             # A run that broke off had no on_train_end: then the norm is still here and the Trainer's is 0.
             self.max_grad_norm = args.max_grad_norm or self.max_grad_norm
             args.max_grad_norm = 0.0
@@ -41,18 +50,14 @@ def callback(method: Any) -> Any:
             self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
         ) -> None:
             assert model is not None
-            if hasattr(method, "penalty"):
-                method.penalty(model).backward()
-            if hasattr(method, "after_backward"):
-                method.after_backward(model, state.global_step)
+            if self.hooks.having("penalty"):
+                self.hooks.penalty().backward()
+            self.hooks.after_backward(state.global_step)
             if self.max_grad_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
 
-        def on_optimizer_step(
-            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-        ) -> None:
-            if hasattr(method, "after_step"):
-                method.after_step(model, state.global_step)
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.hooks.after_step(state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.max_grad_norm:

@@ -68,7 +68,7 @@ def at_fraction(tensors: Tensors, fraction: float) -> dict[str, Tensor]:
     """Masks as they are; of scores, the largest `fraction` over all tensors together."""
     if all(t.dtype == torch.bool for t in tensors.values()):
         return dict(tensors)
-    from pefttutor.parts.entries import largest_share
+    from pefttutor.parts.ranking import largest_share
 
     return largest_share(tensors, fraction)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pefttutor.parts.lowrank_layer import LowRank
+
 # What a method can say about one layer: ΔW itself, or the factors (B, A, s) of ΔW = s·B·A.
 Delta = Tensor | tuple[Tensor, Tensor, float]
 
@@ -119,13 +121,15 @@ def truncated(model: nn.Module, found: Mapping[str, Update], k: int) -> Iterator
             if k >= len(update.sigma) or not update.sigma.any():
                 continue
             layer: Any = model.get_submodule(name)
-            if _has_factors(layer):
+            factors = _factors(layer)
+            if factors is not None:
                 _refuse_merged(name, layer)
-                A, B = torch.zeros_like(layer.lora_A.data), torch.zeros_like(layer.lora_B.data)
+                lora_B, lora_A, scaling = factors
+                A, B = torch.zeros_like(lora_A.data), torch.zeros_like(lora_B.data)
                 A[:k] = update.Vh[:k]
-                B[:, :k] = update.U[:, :k] * (update.sigma[:k] / layer.scaling)
-                exchange(layer.lora_A, A)
-                exchange(layer.lora_B, B)
+                B[:, :k] = update.U[:, :k] * (update.sigma[:k] / scaling)
+                exchange(lora_A, A)
+                exchange(lora_B, B)
             else:
                 dropped = (update.U[:, k:] * update.sigma[k:]) @ update.Vh[k:]
                 exchange(layer.weight, _exact(layer.weight) - dropped)
@@ -147,12 +151,34 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return model.named_modules()
 
 
-def _has_factors(layer: Any) -> bool:
-    return all(isinstance(getattr(layer, name, None), Tensor) for name in ("lora_A", "lora_B"))
+def _low_rank(layer: Any) -> Any:
+    """What the attached method has changed in this layer: the one low-rank change that acts on it, or None.
+
+    Raises: ValueError if several do.
+    """
+    found = [c for c in vars(layer).get("_changes", {}).values() if isinstance(c, LowRank) and c.on]
+    if len(found) > 1:
+        names = ", ".join(repr(change.name) for change in found)
+        raise ValueError(
+            f"a layer is changed by {names}: switch all but one off to look at it, pefttutor.switch(model, …)"
+        )
+    return found[0] if found else None
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(B, A, s) of a layer that a method has changed, or of one of the learner's own; None for any other."""
+    change = _low_rank(layer)
+    if change is not None:
+        A, B = change.factors
+        return B, A, change.scaling
+    if all(isinstance(getattr(layer, name, None), Tensor) for name in ("lora_A", "lora_B")):
+        return layer.lora_B, layer.lora_A, layer.scaling
+    return None
 
 
 def _refuse_merged(name: str, layer: Any) -> None:
-    if getattr(layer, "merged", False):
+    change = _low_rank(layer)
+    if getattr(layer, "merged", False) or (change is not None and change.folded):
         raise ValueError(f"{name} is merged, its factors no longer act; unmerge the model, then truncate it")
 
 
@@ -166,11 +192,8 @@ def _deltas(source: Any, base: Any) -> dict[str, Delta]:
     if not isinstance(source, nn.Module):
         given = type(source).__name__
         raise TypeError(f"expected a model or a mapping {{layer name: ΔW or (B, A, s)}}, got {given}")
-    found: dict[str, Delta] = {
-        name: (layer.lora_B, layer.lora_A, layer.scaling)
-        for name, layer in _modules(source)
-        if _has_factors(layer)
-    }
+    factors = {name: _factors(layer) for name, layer in _modules(source)}
+    found: dict[str, Delta] = {name: three for name, three in factors.items() if three is not None}
     if not found:
         raise ValueError(
             f"no adapted layer in {type(source).__name__}: attach a method first, e.g. "

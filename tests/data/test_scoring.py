@@ -11,7 +11,8 @@ from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from pefttutor.data import TaskInfo
 from pefttutor.data.encoding import encode
-from pefttutor.data.scoring import _continued, generate, score
+from pefttutor.data.label_words import _continued
+from pefttutor.data.scoring import generate, score
 from pefttutor.train import evaluate, fit
 from tests.tiny import bert, llama, llama_classifier, tokenizer
 

@@ -49,21 +49,6 @@ def test_a_method_that_states_nothing_is_counted_all_the_same():
     assert all(p.device.type == "cpu" for p in model.parameters())
 
 
-class Half(Adapter):
-    """A method that keeps gradients and moments of some values only, and says so."""
-
-    def memory(self, model):
-        trained = sum(pefttutor.trainable(model).values())
-        return {"gradients": trained // 2, "optimizer": trained // 4}
-
-
-def test_a_method_can_state_that_it_keeps_fewer():
-    stated, plain = (memory.estimate(config_of("llama"), method) for method in (Half(), Adapter()))
-    assert stated.gradients == 4 * (plain.trained // 2)
-    assert stated.optimizer == 2 * 4 * (plain.trained // 4)
-    assert stated.weights == plain.weights
-
-
 @pytest.mark.parametrize("name", ["BitFit", "LastLayers", "LayerNormTuning", "LinearProbe"])
 def test_methods_that_train_whole_tensors_need_no_word_in_the_estimator(name):
     model, method = model_of("bert"), getattr(pefttutor, name)()

@@ -8,7 +8,7 @@ import transformers as hf
 
 import pefttutor
 from pefttutor.memory import estimate
-from pefttutor.memory.meta import attached
+from pefttutor.memory.meta import with_method as attached
 from tests.memory.models import mt0, t0_3b
 
 

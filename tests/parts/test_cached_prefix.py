@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pefttutor import AutoFreeze, LastLayers, trainable
+from pefttutor.parts.blocks import below, blocks
 from pefttutor.parts.cached_prefix import CachedPrefix
-from pefttutor.selective.layers import below, blocks
 from tests.tiny import bert, llama, llama_classifier
 
 BELOW = {

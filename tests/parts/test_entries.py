@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pefttutor import SparseFineTuning, adapted, fit, load, save, trainable
-from pefttutor.parts.entries import entries, largest, masks
+from pefttutor.parts.entries import entries, masks
+from pefttutor.parts.ranking import largest
 from tests.tiny import language_examples, llama
 
 F64 = torch.float64
@@ -236,5 +237,5 @@ def test_errors_say_what_was_given_and_change_nothing(chosen, says):
 def test_an_adapted_model_is_refused():
     model = llama()
     SparseFineTuning().attach(model, draw(model))
-    with pytest.raises(RuntimeError, match="already adapted"):
+    with pytest.raises(ValueError, match="already adapted"):
         SparseFineTuning().attach(model, draw(model))

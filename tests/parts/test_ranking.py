@@ -9,10 +9,10 @@ import torch
 
 from pefttutor import DiffPruning, FishDip, SecondOrderMask, adapted, fit, trainable
 from pefttutor.data.evaluation import evaluate
-from pefttutor.method import described_base
+from pefttutor.parts.attachment import base_of
 from pefttutor.parts.entries import entries, masks
-from pefttutor.selective.fish_dip import losses
-from pefttutor.selective.second_order import total_gradient
+from pefttutor.parts.information import example_losses as losses
+from pefttutor.parts.information import total_gradient
 from tests.tiny import class_examples, llama_classifier
 
 
@@ -52,12 +52,12 @@ def test_a_refresh_that_fails_leaves_the_choice_as_it_was(bad):
     method = FishDip(fraction=0.02, modules_to_save=("score",))
     method.attach(model, examples)
     fit(model, examples, steps=2, lr=0.02)
-    before, trains, described = masks(model), trainable(model), described_base(model)
+    before, trains, described = masks(model), trainable(model), base_of(model, without=())
     with pytest.raises((ValueError, FloatingPointError)):
         method.refresh(model, bad(model))
     assert adapted(model) is method
     assert trainable(model) == trains
-    assert described_base(model) == described
+    assert base_of(model, without=()) == described
     assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
 
 

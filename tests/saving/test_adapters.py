@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import pefttutor
 from pefttutor import LoRA, adapted, load, save, trainable
 from pefttutor.parts.fingerprint import check_base, describe_base
 from pefttutor.saving import adapters as storage
@@ -151,11 +152,11 @@ def test_a_plain_a_merged_or_a_wrapped_model_is_not_saved(tiny, tmp_path):
     method.attach(model)
     with pytest.raises(ValueError, match="attached to the part '0' of this model: pass that part"):
         save(nn.Sequential(model), tmp_path / "a")
-    method.merge(model)
+    pefttutor.merge(model)
     with pytest.raises(RuntimeError, match=r"merged.*unmerge"):
         save(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    method.unmerge(model)
+    pefttutor.unmerge(model)
     save(model, tmp_path / "a")
 
 
@@ -201,7 +202,7 @@ def test_the_identity_does_not_see_what_the_adapter_learns(saved, tiny, redraw):
     base = tiny("llama")
     description = describe_base(base, without=())
     model = redraw(load(base, saved[0]), seed=11)
-    check_base(model, description, without=trainable(model))
+    check_base(describe_base(model, without=trainable(model)), description)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (8, 2), (0, 4), (5, 7, 3)])
@@ -337,6 +338,6 @@ def test_the_readable_copy_is_never_read(saved, tiny, batch):
 def test_an_adapted_model_takes_no_second_adapter(saved, tiny):
     model = LoRA(r=2).attach(tiny("llama"))
     before = picture(model)
-    with pytest.raises(RuntimeError, match="already adapted"):
+    with pytest.raises(ValueError, match="already adapted"):
         load(model, saved[0])
     assert picture(model) == before

@@ -21,8 +21,8 @@ from pefttutor import (
     save,
     trainable,
 )
+from pefttutor.parts.blocks import blocks
 from pefttutor.parts.cached_prefix import CachedPrefix
-from pefttutor.selective.layers import blocks
 from tests.tiny import class_examples, language_examples, llama, llama_classifier, weights
 
 RULES = [

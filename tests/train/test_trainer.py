@@ -132,8 +132,8 @@ def test_a_run_that_broke_off_does_not_lose_the_clipping(tmp_path: Path) -> None
         fp16, max_grad_norm = False, 0.3
 
     hooks, args = callback(Everything()), Args()
-    hooks.on_train_begin(args, None, None)
-    hooks.on_train_begin(args, None, None)  # no on_train_end between
+    hooks.on_train_begin(args, None, None, model=llama())
+    hooks.on_train_begin(args, None, None, model=llama())  # no on_train_end between
     assert (hooks.max_grad_norm, args.max_grad_norm) == (0.3, 0.0)
     hooks.on_train_end(args, None, None)
     assert args.max_grad_norm == 0.3
@@ -144,5 +144,5 @@ def test_fp16_is_refused_for_methods_that_change_gradients() -> None:
         fp16, max_grad_norm = True, 1.0
 
     with pytest.raises(ValueError, match=r"Everything changes gradients, which fp16 scales: use bf16=True"):
-        callback(Everything()).on_train_begin(Args(), None, None)
-    callback(LoRA(r=2)).on_train_begin(Args(), None, None)
+        callback(Everything()).on_train_begin(Args(), None, None, model=llama())
+    callback(LoRA(r=2)).on_train_begin(Args(), None, None, model=llama())

@@ -10,6 +10,12 @@ from pefttutor import LoRA, widgets
 from pefttutor.widgets import Explorer, Picture, style
 
 
+def adapted_by(layer):
+    """The one change that a method has made of this layer."""
+    (change,) = vars(layer)["_changes"].values()
+    return change
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -42,7 +48,7 @@ NAMES = [f"layers.{i}.{name}" for i in range(3) for name in ("q_proj", "v_proj")
 
 def sigma(model, name):
     layer = model.get_submodule(name)
-    product = layer.scaling * (layer.lora_B @ layer.lora_A).detach().double().numpy()
+    product = adapted_by(layer).scaling * (layer.lora_B @ layer.lora_A).detach().double().numpy()
     return numpy.linalg.svd(product, compute_uv=False)[:4]
 
 
@@ -85,7 +91,7 @@ def test_the_slider_truncates_the_matrix(model, fast):
     assert isinstance(explorer, Explorer)
     assert explorer.values == {"rank": 1, "layer": NAMES[0]}
     layer = model.layers[1].v_proj
-    dense = layer.scaling * (layer.lora_B @ layer.lora_A).detach().double().numpy()
+    dense = adapted_by(layer).scaling * (layer.lora_B @ layer.lora_A).detach().double().numpy()
     U, values, Vh = numpy.linalg.svd(dense)
     explorer.set(layer="layers.1.v_proj")
     for k in (0, 2, 4):
@@ -115,7 +121,9 @@ def test_a_large_matrix_is_shown_in_part_without_being_formed():
 def energy(model):
     """A score that knows whether ΔW was cut: Σ ‖ΔW‖² over the layers."""
     layers = [part for block in model.layers for part in (block.q_proj, block.v_proj)]
-    changes = [(layer.scaling * layer.lora_B @ layer.lora_A).detach().double() for layer in layers]
+    changes = [
+        (adapted_by(layer).scaling * layer.lora_B @ layer.lora_A).detach().double() for layer in layers
+    ]
     return float(sum(change.square().sum() for change in changes))
 
 

@@ -6,17 +6,23 @@ h_{l, p(i)} ← h_{l, p(i)} + v_{l, i}          p(i): the place of the i-th spec
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pefttutor import method as base
-from pefttutor.parts import entries
-from pefttutor.selective.layers import blocks
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.added import Added
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.blocks import blocks
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.settings import check_names, check_whole
+from pefttutor.parts.streams import Hooked, body, hidden_size, hidden_states, seen_before
 
 __all__ = ["PASTA"]
+
+KEY = "special"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,52 +47,45 @@ class PASTA:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_special, int) or self.num_special < 1:
-            raise ValueError(f"num_special is {self.num_special!r}; it must be a whole number ≥ 1.")
+        check_whole(self, "num_special")
+        check_names(self, "modules_to_save")
         ids = self.special_token_ids
         if not isinstance(ids, Collection) or not all(isinstance(i, int) for i in ids):
-            raise ValueError(f"special_token_ids is {ids!r}; expected whole numbers, such as (101, 102).")
+            raise ValueError(f"special_token_ids is {ids!r}; it must be whole numbers, such as (101, 102).")
+        object.__setattr__(self, "special_token_ids", tuple(ids))
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze `model`, add the vectors, and return it. Raises: RuntimeError if it is adapted already."""
-        base.refuse_adapted(model)
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model`, add the vectors, and return it. Raises: ValueError if the name is in use."""
         if not self.special_token_ids:
             raise ValueError(
                 "special_token_ids is empty; expected such as (tokenizer.cls_token_id, tokenizer.sep_token_id)."
             )
-        _, stack = blocks(model)
-        table = _token_table(model)
-        whole = set(entries.candidates(model)) - set(entries.candidates(model, self.modules_to_save))
-        base.freeze(model)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in whole)
-        for block in stack:
-            block.register_parameter(
-                "special", nn.Parameter(table.new_zeros(self.num_special, table.shape[1]))
+        with attaching(model, self, name) as new:
+            table, (path, stack), key = _token_table(model), blocks(model), added_key(KEY, name)
+            zeros = table.new_zeros(self.num_special, hidden_size(model))
+            zeros = zeros.to(torch.promote_types(zeros.dtype, torch.float32))
+            new.add(
+                _Vectors(
+                    (block, f"{path}.{i}", key, nn.Parameter(zeros.clone())) for i, block in enumerate(stack)
+                )
             )
-            block.register_forward_pre_hook(_add, with_kwargs=True)
-        vars(model)["_special_ids"] = tuple(self.special_token_ids)
-        model.register_forward_pre_hook(_note, with_kwargs=True)
-        return base.mark(model, self)
+            noted = _Numbers(tuple(self.special_token_ids), key)
+            hooks: list[Any] = [(body(model), noted.note), *((block, noted.add) for block in stack)]
+            new.add(Hooked(hooks, after=[(body(model), noted.remember)]))
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model
 
     def count(self, model: nn.Module) -> int:
         """L · d · num_special, without `modules_to_save`."""
-        return len(blocks(model)[1]) * _token_table(model).shape[1] * self.num_special
-
-    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """What a block gets in the place of x, for `pefttutor.memory`; None for any other layer.
-
-        It keeps which vector goes to which token, and requires a gradient from here on.
-        """
-        if "special" not in layer._parameters:
-            return None
-        tape.save(x.like(width=1, itemsize=8, grad=False), kind)
-        return x.like(grad=True)
+        _token_table(model)
+        return len(blocks(model)[1]) * hidden_size(model) * self.num_special
 
 
 def _token_table(model: nn.Module) -> Tensor:
     """The token embeddings of a model that reads one text. Shapes: → (vocabulary, d)."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    get = getattr(model, "get_input_embeddings", None)
+    table = get() if callable(get) else None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"PASTA reads one text, and a {type(model).__name__} has two; take an encoder or a decoder alone."
@@ -99,21 +98,73 @@ def _token_table(model: nn.Module) -> Tensor:
     return table.weight
 
 
-def _note(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Where the special tokens of this batch are: number i + 1 at the i-th of a text, 0 elsewhere."""
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
-    if ids is None:
-        raise ValueError("PASTA finds the special tokens in input_ids; give these, not inputs_embeds.")
-    special = torch.isin(ids, torch.tensor(vars(model)["_special_ids"], device=ids.device))
-    number = special.cumsum(1) * special  # (batch, seq)
-    for block in blocks(model)[1]:
-        vars(block)["_special_number"] = number
+class _Vectors(Added):
+    """One vector for each special token, in every block."""
+
+    def covers(self, module: nn.Module) -> bool:
+        return self.on and any(module is block for block, _ in self.places.values())
+
+    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
+        """Kept is which vector goes to which token; the block's input requires a gradient from here on."""
+        if not self.covers(layer):
+            return None
+        tape.save(x.like(width=1, itemsize=8, grad=False), kind)
+        return x.like(grad=True)
 
 
-def _add(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    vectors, number = block.get_parameter("special"), vars(block)["_special_number"]
-    table = torch.cat([torch.zeros_like(vectors[:1]), vectors])  # row 0: nothing is added
-    added: Tensor = table[number * (number <= len(vectors))]  # (batch, seq, d)
-    if args:
-        return (args[0] + added.to(args[0].dtype), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": kwargs["hidden_states"] + added.to(kwargs["hidden_states"].dtype)}
+@dataclass(eq=False)
+class _Numbers:
+    """Which special token of its text each token of this call is: i + 1 for the i-th, 0 for an ordinary one.
+
+    In a call that goes on from a cache, the tokens before it count too: how many they were is noted on the cache.
+    """
+
+    special_token_ids: tuple[int, ...]
+    key: str
+    number: Tensor | None = None  # (batch, seq)
+    before: Tensor | None = field(
+        default=None, repr=False
+    )  # (batch): how many there have been after this call
+
+    def note(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the body: find the special tokens of this batch; padding is none."""
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else next(iter(args), None)
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            raise ValueError("PASTA finds the special tokens in input_ids; give these, not inputs_embeds.")
+        special = torch.isin(ids, torch.tensor(self.special_token_ids, device=ids.device))
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            special &= mask[:, -ids.shape[1] :].bool()
+        self.number = (special.cumsum(1) + self._earlier(ids, kwargs).unsqueeze(1)) * special
+        self.before = self._earlier(ids, kwargs) + special.sum(1)
+        cache, _ = seen_before(kwargs)
+        if cache is not None:
+            vars(cache)[f"_pefttutor_{self.key}"] = self.before
+
+    def _earlier(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """How many special tokens each text had before this call. Shapes: → (batch)."""
+        cache, length = seen_before(kwargs)
+        if length == 0:
+            return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        noted = vars(cache).get(f"_pefttutor_{self.key}")
+        if noted is None or len(ids) % len(noted):
+            raise ValueError(
+                "PASTA counts a text's special tokens from its start, and this cache was filled without it: compute "
+                "the text's beginning with the adapted model too."
+            )
+        return noted.repeat_interleave(len(ids) // len(noted))  # beams of one text share its beginning
+
+    def remember(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After the body: a cache that was made in this call knows what it holds."""
+        cache = getattr(output, "past_key_values", None)
+        if hasattr(cache, "get_seq_length"):
+            vars(cache)[f"_pefttutor_{self.key}"] = self.before
+
+    def add(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Before a block: add the vectors to the hidden states of the special tokens."""
+        vectors = block.get_parameter(self.key)
+        assert self.number is not None
+        table = torch.cat([torch.zeros_like(vectors[:1]), vectors])  # row 0: nothing is added
+        added: Tensor = table[self.number * (self.number <= len(vectors))]  # (batch, seq, d)
+        hidden = hidden_states(args, kwargs)
+        return hidden_states(args, kwargs, hidden + added.to(hidden.dtype))

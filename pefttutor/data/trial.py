@@ -1,0 +1,91 @@
+"""Try a model out and leave no trace: modes, random numbers, settings and gradients are afterwards as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["evaluating", "fresh_casts", "one_row", "ordinary", "settings", "trial"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in evaluation mode; after it each has its own mode back, even on an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Within the block `torch.autocast` keeps no cast: one made without a gradient would serve the next step too."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` can be called without leaving a trace, neither in itself nor in random generators."""
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    configs = [(vars(config), dict(vars(config))) for config in _configs(model)]
+    try:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices), fresh_casts():
+            yield
+    finally:
+        for config, before in configs:  # transformers notes there of which kind the first labels were
+            config.update(before)
+
+
+def settings(model: nn.Module) -> list[Any]:
+    """What the form of a model's loss may depend on: as long as it is equal, what a trial has shown holds."""
+    own = [id(vars(model).get(name)) for name in ("forward", "_loss_function")]
+    hooks = [*model._forward_pre_hooks, *model._forward_hooks]
+    return [type(model), *own, hooks, *(dict(vars(config)) for config in _configs(model))]
+
+
+def _configs(model: Any) -> list[Any]:
+    """A model's config and those inside it, such as its decoder's."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "__dict__"):
+        return []
+    return [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]
+
+
+def one_row(batch: dict[str, Any], *, length: int | None = None) -> dict[str, Any]:
+    """The row of a batch with the fewest padding tokens, as a batch; with `length`, its first so many tokens.
+
+    Whatever isn't one row for each of the labels stays whole.
+
+    Shapes: (batch, …) → (1, …), and (batch, seq, …) → (1, length, …) where seq is that of the labels.
+    """
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    row = int(mask.flatten(1).sum(1).argmax()) if isinstance(mask, Tensor) and mask.ndim > 1 else 0
+    found = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.shape[:1] == labels.shape[:1]:
+            long = value.shape[:2] == labels.shape[:2]
+            value = value[row : row + 1, :length] if long else value[row : row + 1]
+        found[key] = value
+    return found
+
+
+def ordinary(model: Any, classes: int, count: int) -> list[int]:
+    """The first of so many classes, those that are special tokens of the model only if there are no others."""
+    special: set[int] = set()
+    for config in _configs(model):
+        for name, value in vars(config).items():
+            if name.endswith(("token_id", "token_index")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    return sorted(range(min(classes, 64 + count)), key=lambda i: i in special)[:count]

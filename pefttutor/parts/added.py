@@ -1,0 +1,43 @@
+"""Parameters and buffers that a method puts beside the base's own, in whatever modules it likes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from pefttutor.parts.part import Key, Part
+
+__all__ = ["Added"]
+
+
+class Added(Part):
+    """New tensors in modules: nothing of the base changes. What makes use of them asks `on` (see `streams`).
+
+    Shapes: any. Cost: the tensors themselves.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[nn.Module, str, str, Tensor]]) -> None:
+        """`tensors`: for each the module, its name in the model, the key it gets there, and a parameter or buffer."""
+        self.on = True
+        self.places: dict[str, Key] = {}
+        for module, path, key, tensor in tensors:
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(key, tensor)
+            else:
+                module.register_buffer(key, tensor)
+            self.places[f"{path}.{key}".lstrip(".")] = module, key
+
+    def trained(self) -> list[nn.Parameter]:
+        return [tensor for _, tensor in self.saved() if isinstance(tensor, nn.Parameter)]
+
+    def saved(self) -> list[tuple[str, Tensor]]:
+        return [(name, getattr(module, key)) for name, (module, key) in self.places.items()]
+
+    def switch(self, on: bool) -> None:
+        self.on = on
+
+    def remove(self) -> None:
+        for module, key in self.places.values():
+            module._parameters.pop(key, None)
+            module._buffers.pop(key, None)

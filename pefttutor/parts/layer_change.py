@@ -1,0 +1,203 @@
+"""Change what single layers compute, without replacing them: the layer stays the same object, of a wider class.
+
+    y = f(x)   becomes   y = change(f, x)          several changes: each around those before it
+
+Names, hooks, tied weights and references to the layer stay as they were, and taking the last change out gives the
+layer its own class back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.parts.linear import is_plain, stored_as, why_not_linear
+from pefttutor.parts.part import Part, owners
+
+__all__ = ["AdaptedLayer", "LayerChange"]
+
+Compute = Callable[..., Tensor]
+
+
+class AdaptedLayer(nn.Module):
+    """What a layer's class is widened by: its forward goes through the changes that act on it."""
+
+    _adapted = True  # for `linear`, which looks for the class of before
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        compute = super().forward
+        own = True  # whether `compute` is still the layer's own formula
+        for change in vars(self)["_changes"].values():
+            if change.acts:
+                compute, own = partial(change.forward, compute, own), False
+            elif change.folded:
+                change.check_untrained()
+        return compute(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return ", ".join([own, *(change.describe() for change in vars(self)["_changes"].values())])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = type(self).__mro__[2]  # the class is made here, so pickle can't find it by name
+        return _blank, (kind,), vars(self)
+
+
+@cache
+def _widened(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {"_adapted": True})
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    widened = _widened(kind)
+    return widened.__new__(widened)
+
+
+class LayerChange(Part):
+    """One attachment's change of one layer, with the parameters that it adds to it.
+
+    A kind of change says `forward` and, where a weight can hold it, `folded_into`.
+    """
+
+    def __init__(self, path: str, layer: nn.Module, name: str, added: Mapping[str, nn.Parameter]) -> None:
+        """`path`: the layer's name in the model. `name`: the attachment's. `added`: by their keys in the layer."""
+        self.path, self.layer, self.name, self.added_keys = path, layer, name, tuple(added)
+        self.on, self.folded, self.plain = True, False, is_plain(layer)
+        if not isinstance(layer, AdaptedLayer):
+            vars(layer)["_changes"] = {}
+            layer.__class__ = _widened(type(layer))
+        for key, parameter in added.items():
+            layer.register_parameter(key, parameter)
+        vars(layer)["_changes"][name] = self
+
+    # ---- what a kind of change says
+
+    def forward(self, inner: Compute, own: bool, *args: Any, **kwargs: Any) -> Tensor:
+        """The changed output. `inner` computes what the layer gives without this change; `own`: by its own formula."""
+        raise NotImplementedError
+
+    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (out, in) and the bias that do the same without this change, computed as wide as they come."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """A few words for the layer's repr."""
+        return self.name
+
+    # ---- what every part knows
+
+    @property
+    def acts(self) -> bool:
+        return self.on and not self.folded
+
+    def check_untrained(self) -> None:
+        """Raise RuntimeError if a training step would not see the parameters, because they are folded in."""
+        if self.layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.trained()):
+            raise RuntimeError(
+                f"this model is merged, so {' and '.join(self.added_keys)} would learn nothing: unmerge it, then train."
+            )
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.layer.get_parameter(key) for key in self.added_keys]
+
+    def saved(self) -> list[tuple[str, Tensor]]:
+        return [(f"{self.path}.{key}".lstrip("."), self.layer.get_parameter(key)) for key in self.added_keys]
+
+    def switch(self, on: bool) -> None:
+        self.on = on
+
+    def remove(self) -> None:
+        changes = vars(self.layer)["_changes"]
+        changes.pop(self.name)
+        for key in self.added_keys:
+            self.layer._parameters.pop(key, None)
+        if not changes:
+            del vars(self.layer)["_changes"]
+            self.layer.__class__ = type(self.layer).__mro__[2]
+
+    def covers(self, module: nn.Module) -> bool:
+        return module is self.layer and self.acts
+
+    def touched(self) -> list[Tensor]:
+        tensors = (self.layer._parameters.get("weight"), self.layer._parameters.get("bias"))
+        return [tensor for tensor in tensors if tensor is not None]
+
+    # ---- folding
+
+    def check_foldable(self) -> None:
+        weight = self.layer._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(
+                f"{self.path!r} keeps its weight in a form that nothing can be added to (is it quantised?), so it "
+                "can't be merged; leave the method attached, or attach it to the model as it was before quantising."
+            )
+        reason = None if self.plain else why_not_linear(self.layer)
+        if reason:
+            raise ValueError(f"{self.path!r} can't be merged: {reason}.")
+
+    def fold(self) -> None:
+        self.check_foldable()
+        self.folded = True
+        _refold(self.layer)
+
+    def unfold(self) -> None:
+        self.folded = False
+        _refold(self.layer)
+
+    def keep(self, model: nn.Module) -> None:
+        base = vars(self.layer)["_base"]
+        for key, value in _made(base, [self]).items():
+            if owners(model, base[key]):  # tied: the other layers go on with the weight of before
+                base[key] = _like(base[key], value)
+                _untie(model)
+            else:
+                base[key].data = value.to(base[key].dtype)
+        self.on = self.folded = False
+        _refold(self.layer)
+
+
+def _refold(layer: Any) -> None:
+    """Let weight and bias hold what the folded changes make of the base's; without any, be the very base's again."""
+    own = {
+        key: layer._parameters[key] for key in ("weight", "bias") if layer._parameters.get(key) is not None
+    }
+    base = vars(layer).setdefault("_base", own)
+    for parameter in base.values():
+        parameter.data = parameter.data.to(
+            layer.weight.device, layer.weight.dtype
+        )  # the model may have moved
+    layer._parameters.update(base)
+    folded = [change for change in vars(layer)["_changes"].values() if change.folded]
+    if folded:
+        made = {key: _like(base[key], value) for key, value in _made(base, folded).items()}
+        layer._parameters.update(made)
+    else:
+        del vars(layer)["_base"]
+
+
+@torch.no_grad()
+def _made(base: Mapping[str, nn.Parameter], changes: Sequence[LayerChange]) -> dict[str, Tensor]:
+    """What the changes make of weight and bias, in float32 at least and the layer's own order; unchanged: left out."""
+    layer = changes[0].layer
+    wide = torch.promote_types(base["weight"].dtype, torch.float32)
+    weight = stored_as(layer, base["weight"].to(wide))
+    bias = before = base["bias"].to(wide) if "bias" in base else None
+    for change in changes:
+        weight, bias = change.folded_into(weight, bias)
+    made = {"weight": stored_as(layer, weight)}
+    return made if bias is before or bias is None else made | {"bias": bias}
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """The value as a parameter, rounded once, to the dtype of the one before."""
+    return nn.Parameter(value.to(parameter.dtype).contiguous(), requires_grad=parameter.requires_grad)
+
+
+def _untie(model: Any) -> None:
+    """The weight is no longer that of the layer it was tied to; transformers would tie them again when loading."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
