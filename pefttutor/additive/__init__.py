@@ -1,5 +1,6 @@
 """Additive methods (chapter 4.2): new parameters on the input, inside of the model, or on its output."""
 
+from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
 
-__all__ = ["PASTA"]
+__all__ = ["IA3", "PASTA"]

@@ -191,7 +191,7 @@ def base_of(model: nn.Module, without: Collection[str]) -> dict[str, Any]:
         for part in attachment.parts:
             written = part.touched() if attachment.merged else part.changed_in_place()
             changed |= {id(t) for t in (*written, *part.added())}
-    named = {name: id(p) for name, p in model.named_parameters()}
+    named = {name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     now = describe_base(model, without=[name for name, key in named.items() if key in changed])
     before = (carried.base or {}) if carried else {}
     kept = {name: before[name] for name, key in named.items() if key in changed and name in before}

@@ -12,9 +12,10 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises: ValueError if there is none.
     """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [(name, m) for name, m in lists if len(m) > 1] or lists
     if not lists:
-        raise ValueError("this model has no list of blocks (an nn.ModuleList with several entries).")
+        raise ValueError("this model has no list of blocks (an nn.ModuleList).")
     return max(reversed(lists), key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 

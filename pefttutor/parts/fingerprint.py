@@ -14,15 +14,18 @@ SAMPLES = 8  # values of every tensor; two bases that were trained apart differ 
 
 
 def describe_base(model: nn.Module, without: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and a few values of every parameter of `model`, except those named in `without`.
+    """Shape, dtype and a few values of every parameter and saved buffer of `model`, except those named in `without`.
 
     Cost: SAMPLES values a tensor are read, whatever its size.
     """
-    base = {name: p.detach() for name, p in model.named_parameters() if name not in without}
-    return {
-        name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "values": _sample(p)}
-        for name, p in base.items()
+    persistent = model.state_dict().keys()
+    parameters = {name: p.detach() for name, p in model.named_parameters() if name not in without}
+    buffers = {n: b for n, b in model.named_buffers() if n not in without and n in persistent}
+    described = {
+        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "values": _sample(t)}
+        for name, t in (parameters | buffers).items()
     }
+    return described | {name: described[name] | {"buffer": True} for name in buffers}
 
 
 def check_base(actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
@@ -33,7 +36,8 @@ def check_base(actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, 
     """
     shared = [(name, expected[name], actual[name]) for name in expected if name in actual]
     problems = [f"{name} is missing" for name in expected if name not in actual]
-    problems += [f"{name} is too much" for name in actual if name not in expected]
+    extra = [name for name in actual if name not in expected and "buffer" not in actual[name]]
+    problems += [f"{name} is too much" for name in extra]  # files of before didn't describe buffers
     shapes = [(name, was["shape"], now["shape"]) for name, was, now in shared]
     problems += [f"{name} has the shape {now}, not {was}" for name, was, now in shapes if now != was]
     if not problems:

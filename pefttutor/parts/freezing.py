@@ -192,10 +192,9 @@ class Whole(InPlace):
         return [module.get_parameter(key) for module, key in self.places.values()]
 
     def saved(self) -> list[tuple[str, Tensor]]:
-        return [*self.named_in_place(), *((n, m.get_buffer(key)) for n, (m, key) in self.buffers.items())]
+        return [(name, getattr(module, key)) for name, (module, key) in (self.places | self.buffers).items()]
 
-    def named_in_place(self) -> list[tuple[str, Tensor]]:
-        return [(name, module.get_parameter(key)) for name, (module, key) in self.places.items()]
+    named_in_place = saved
 
     def _read(self) -> list[Tensor]:
         return [tensor for _, tensor in self.saved()]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pefttutor.data.batches import Collate, collator, count_targets, predicts_next
+from pefttutor.data.batches import Collate, collator
 from pefttutor.data.evaluation import evaluating
+from pefttutor.data.targets import aligned, count_targets, predicts_next
 from pefttutor.kernels.fisher import add_squared_gradients, check_finite, no_squares
 
 __all__ = ["example_losses", "fisher_information", "total_gradient"]
@@ -107,7 +108,7 @@ def total_gradient(
                 if log_likelihood is not None:
                     count, summed = len(rows), -log_likelihood(model, batch).sum()
                 else:
-                    count = count_targets(batch, shifted=predicts_next(model))
+                    count = count_targets(batch, shifted=predicts_next(model, batch))
                     summed = model(**batch).loss * count if count else None
                 if summed is not None:  # a mean over no label at all is NaN
                     summed.backward()
@@ -154,13 +155,12 @@ def _all_trained(model: nn.Module) -> Iterator[None]:
 
 
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift and "labels" in batch and batch["labels"].dim() == 2 and "decoder_input_ids" not in batch:
-        inputs["decoder_input_ids"] = shift(
-            batch["labels"]
-        )  # an encoder and a decoder, which reads the labels
-    return model(**inputs).logits
+    """The logits; an encoder–decoder makes its decoder's input of the labels, so it gets them too."""
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    reads_labels = (
+        both and "decoder_input_ids" not in batch and batch.get("labels", torch.zeros(())).dim() == 2
+    )
+    return model(**{key: value for key, value in batch.items() if key != "labels" or reads_labels}).logits
 
 
 def _empirical(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -174,8 +174,7 @@ def _empirical(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = _logits(model, batch)
     if labels.dim() == 1:
         return -cross_entropy(logits, labels, reduction="none")
-    if predicts_next(model):
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = aligned(logits, labels, shifted=predicts_next(model, dict(batch)))
     return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # −100 counts 0
 
 

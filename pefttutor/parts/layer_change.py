@@ -33,6 +33,7 @@ class AdaptedLayer(nn.Module):
         own = True  # whether `compute` is still the layer's own formula
         for change in vars(self)["_changes"].values():
             if change.acts:
+                change.called = True
                 compute, own = partial(change.forward, compute, own), False
             elif change.folded:
                 change.check_untrained()
@@ -67,6 +68,9 @@ class LayerChange(Part):
         """`path`: the layer's name in the model. `name`: the attachment's. `added`: by their keys in the layer."""
         self.path, self.layer, self.name, self.added_keys = path, layer, name, tuple(added)
         self.on, self.folded, self.plain = True, False, is_plain(layer)
+        self.called = (
+            False  # whether the model has called the layer since; some read its weight in another way
+        )
         if not isinstance(layer, AdaptedLayer):
             vars(layer)["_changes"] = {}
             layer.__class__ = _widened(type(layer))
@@ -93,6 +97,10 @@ class LayerChange(Part):
     @property
     def acts(self) -> bool:
         return self.on and not self.folded
+
+    @property
+    def learns(self) -> bool:
+        return self.acts and any(p.requires_grad for p in self.trained())
 
     def check_untrained(self) -> None:
         """Raise RuntimeError if a training step would not see the parameters, because they are folded in."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.freezing import train_fully, whole
 from pefttutor.parts.settings import check_names
 
 __all__ = ["LayerNormTuning"]
@@ -48,13 +48,18 @@ class LayerNormTuning:
 
     def _norms(self, model: nn.Module) -> list[str]:
         norms = {
-            f"{prefix}.{key}".lstrip(".")
-            for prefix, layer in model.named_modules()
-            if type(layer).__name__.endswith(("LayerNorm", "RMSNorm"))
-            for key in layer._parameters
+            id(p) for layer in model.modules() if _is_norm(layer) for p in layer.parameters(recurse=False)
         }
-        names = [name for name, _ in model.named_parameters() if name in norms]
+        base = set(whole(model))
+        names = [name for name, p in model.named_parameters() if id(p) in norms and name in base]
         if not names:
             kinds = sorted({type(layer).__name__ for layer in model.modules()})
             raise ValueError(f"LayerNormTuning: no LayerNorm or RMSNorm among {', '.join(kinds)}.")
         return names
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    """Whether it scales and shifts each token's features by vectors, whatever its author calls it (gated, NoNorm)."""
+    own = [p for p in layer._parameters.values() if p is not None]
+    named = "norm" in type(layer).__name__.lower() and not any(layer.children())
+    return named and bool(own) and all(p.dim() == 1 for p in own) and "running_mean" not in layer._buffers

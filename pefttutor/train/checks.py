@@ -26,6 +26,8 @@ def check_settings(
             "nothing trains: no parameter of the model has requires_grad. Attach a method first, "
             "or call model.requires_grad_(True) for full fine-tuning."
         )
+    for attachment in attached(model).values():
+        attachment.tensors(model)  # raises if a layer was replaced after attaching
     merged = [a.name for a in attached(model).values() if a.merged and a.learns]
     if merged:
         raise ValueError(
@@ -60,7 +62,8 @@ def described(model: nn.Module, written: Collection[str] = ()) -> dict[str, Any]
         name: {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "learns": a.learns}
         for name, a in attached(model).items()
     }
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and not methods]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = [] if methods else trained + [name for name, _ in model.named_buffers()]
     return json.loads(
         json.dumps({"attachments": methods, "base": base_of(model, without=[*trained, *written])})
     )

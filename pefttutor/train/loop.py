@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pefttutor.data.batches import Batch, Collate, Loss, collator, count_targets, predicts_next
+from pefttutor.data.batches import Batch, Collate, Loss, collator
 from pefttutor.data.checks import check_examples
+from pefttutor.data.targets import predicts_next, weighted
 from pefttutor.train.checkpoint import uninterrupted
 from pefttutor.train.checks import check_settings
 from pefttutor.train.history import History
 from pefttutor.train.hooks import Hooks
 from pefttutor.train.run import Run
 from pefttutor.train.schedule import step_indices
+from pefttutor.train.watch import Watch
 
 __all__ = ["fit"]
 
@@ -91,6 +93,7 @@ def fit(
         checkpoint=checkpoint, validation=validation, metric=metric, loss=loss, collate=stack,
     )  # fmt: skip
     with run.started(resume=resume, seed=seed, show=progress):
+        watch = Watch(model)
         while True:
             run.evaluate()
             if run.done == run.total:
@@ -100,10 +103,12 @@ def fit(
             batches = [stack(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
             value = _gradient(model, batches, loss, run.done)
             hooks.penalty().backward()
+            watch.after_backward(run.rates())
             with uninterrupted():
                 hooks.after_backward(run.done)
                 _step(model, run.optimizer, max_grad_norm, run.done)
                 hooks.after_step(run.done)
+                watch.after_step()
                 model.zero_grad()
                 run.record(value)
     return run.history
@@ -112,18 +117,12 @@ def fit(
 def _gradient(model: Any, batches: list[Batch], loss: Loss | None, step: int) -> float:
     """Add up the gradient of the mean over all batches' labels; returns that mean."""
     device = next(model.parameters()).device
-    shifted = predicts_next(model, batches[0]) if loss is None else predicts_next(model)
-    counts = [count_targets(batch, shifted=shifted) for batch in batches]
     parts = []
-    for batch, count in zip(batches, counts, strict=True):
-        if count == 0:
-            continue  # a mean over no label at all is NaN, and NaN · 0 too
+    for batch, share in weighted(batches, shifted=predicts_next(model, batches[0])):
         batch = {key: value.to(device) for key, value in batch.items()}
-        part = (loss(model, batch) if loss else model(**batch).loss) * (count / sum(counts))
+        part = (loss(model, batch) if loss else model(**batch).loss) * share
         part.backward()
         parts.append(part.detach())
-    if not parts:
-        raise ValueError(f"no example of step {step + 1} has a label that counts: all are −100.")
     if not math.isfinite(value := torch.stack(parts).sum().item()):
         raise FloatingPointError(
             f"the loss is {value} at step {step + 1}; the weights are those after step {step}. "
@@ -141,3 +140,4 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: flo
             f"the weights are those after step {step}. Try a smaller lr, or float32 instead of float16."
         )
     optimizer.step()
+    torch.clear_autocast_cache()  # inside torch.autocast the next step would see the weights of before, rounded

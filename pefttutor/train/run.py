@@ -85,6 +85,11 @@ class Run:
             self.model.eval()
             set_rng_state(outside, self.device)
 
+    def rates(self) -> dict[int, float]:
+        """The peak learning rate of each parameter, by its id."""
+        groups = zip(self.optimizer.param_groups, self.peaks, strict=True)
+        return {id(p): peak for group, peak in groups for p in group["params"]}
+
     def begin(self) -> None:
         """Before a step: training mode, the step's learning rate, and the run's own random numbers."""
         self.started_at = time.perf_counter()

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from pefttutor.train.hooks import Hooks
+from pefttutor.train.watch import Watch
 
 __all__ = ["callback"]
 
@@ -36,7 +37,7 @@ def callback(method: Any = None) -> Any:
             self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
         ) -> None:
             assert model is not None
-            self.hooks = Hooks(model, method)
+            self.hooks, self.watch = Hooks(model, method), Watch(model)
             if not self.hooks.changes_gradients:
                 return
             if args.fp16:
@@ -52,12 +53,16 @@ def callback(method: Any = None) -> Any:
             assert model is not None
             if self.hooks.having("penalty"):
                 self.hooks.penalty().backward()
+            groups = kwargs["optimizer"].param_groups if kwargs.get("optimizer") is not None else []
+            peaks = {id(p): group.get("initial_lr", group["lr"]) for group in groups for p in group["params"]}
+            self.watch.after_backward(peaks)
             self.hooks.after_backward(state.global_step)
             if self.max_grad_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.hooks.after_step(state.global_step)
+            self.watch.after_step()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.max_grad_norm:

@@ -18,6 +18,7 @@ import pefttutor
 from pefttutor.authoring.tables import compare, drawn, prepared
 from pefttutor.parts import entries
 from pefttutor.parts.information import fisher_information
+from pefttutor.parts.ranking import largest
 
 MODEL, HEAD, BATCH = "campus-nano", ("score",), 16
 CASES = [("sentiment", 64, 100), ("topic", 64, 100), ("sentiment", 64, 30)]  # task, examples, steps
@@ -54,9 +55,7 @@ def masks(way, task, n, seed):
         "smallest": lambda: {name: -p.abs() for name, p in tensors.items()},
         "largest": lambda: {name: p.abs() for name, p in tensors.items()},
     }[way]()
-    return entries.largest(
-        {name: scores[name] for name in tensors}, sum(int(m.sum()) for m in biases.values())
-    )
+    return largest({name: scores[name] for name in tensors}, sum(int(m.sum()) for m in biases.values()))
 
 
 def train(task, n, steps, way, lr, seed):

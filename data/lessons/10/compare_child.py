@@ -18,6 +18,7 @@ import torch
 import pefttutor
 from pefttutor.authoring.tables import compare, drawn, prepared
 from pefttutor.parts import entries
+from pefttutor.parts.ranking import largest
 
 MODEL, HEAD, P, STEPS, BATCH = "campus-nano", ("score",), 0.3, 60, 16
 CASES = [("sentiment", 64), ("topic", 256)]
@@ -33,7 +34,7 @@ def masks(way, task, n, seed):
     scores = {
         name: torch.rand(p.shape, generator=generator) for name, p in entries.candidates(model, HEAD).items()
     }
-    return entries.largest(scores, int(P * sum(score.numel() for score in scores.values())))
+    return largest(scores, int(P * sum(score.numel() for score in scores.values())))
 
 
 def train(task, n, way, lr, seed):

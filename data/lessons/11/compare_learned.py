@@ -20,6 +20,7 @@ import torch
 import pefttutor
 from pefttutor.authoring.tables import compare, drawn, prepared
 from pefttutor.parts import entries
+from pefttutor.parts.ranking import largest
 
 MODEL, HEAD = "campus-nano", ("score",)
 TASK, EXAMPLES = "sentiment", 256
@@ -47,7 +48,7 @@ STEPS, BATCH, REFRESHES = 60, 16, 4
 def random_mask(model, k, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = entries.candidates(model, HEAD)
-    return entries.largest({n: torch.rand(p.shape, generator=generator) for n, p in tensors.items()}, k)
+    return largest({n: torch.rand(p.shape, generator=generator) for n, p in tensors.items()}, k)
 
 
 def trained(way, lr, seed):
