@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pefttutor.parts.checkpointing import open_to_checkpointing
 from pefttutor.parts.fingerprint import describe_base
 from pefttutor.parts.part import Part
+from pefttutor.parts.restoring import restored_on_error
 from pefttutor.parts.statistics import hold_statistics
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "base_of",
     "check_apart",
     "find",
-    "restored_on_error",
 ]
 
 DEFAULT = "default"  # the name of an attachment that was given none
@@ -219,29 +219,3 @@ def check_apart(carried: Attachments, new: Attachment, *, switched: bool = False
 def _described(model: nn.Module) -> dict[str, Any] | None:
     """`describe_base`, or None where nothing has a value."""
     return None if any(p.is_meta for p in model.parameters()) else describe_base(model, without=())
-
-
-@contextlib.contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Take back everything that the block has changed in the structure of `model`, if it fails."""
-    before = [
-        (module, type(module), dict(vars(module)), _copied_tables(module)) for module in model.modules()
-    ]
-    trains = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    try:
-        yield
-    except BaseException:
-        for module, kind, attributes, tables in before:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, entries in tables.items():  # in place: hook handles refer to these very tables
-                attributes[key].clear()
-                attributes[key].update(entries)
-        for parameter, (requires_grad, grad) in trains.items():
-            parameter.requires_grad_(requires_grad).grad = grad
-        raise
-
-
-def _copied_tables(module: nn.Module) -> dict[str, Any]:
-    return {key: value.copy() for key, value in vars(module).items() if isinstance(value, (dict, set))}

@@ -106,12 +106,10 @@ def total_gradient(
                 rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
                 batch = {k: v.to(device) for k, v in stack(rows).items()}
                 if log_likelihood is not None:
-                    count, summed = len(rows), -log_likelihood(model, batch).sum()
-                else:
-                    count = count_targets(batch, shifted=predicts_next(model, batch))
-                    summed = model(**batch).loss * count if count else None
-                if summed is not None:  # a mean over no label at all is NaN
-                    summed.backward()
+                    count = len(rows)
+                    (-log_likelihood(model, batch).sum()).backward()
+                elif count := count_targets(batch, shifted=predicts_next(model, batch)):
+                    (model(**batch).loss * count).backward()  # without a label the mean would be NaN
                 counted += count
         return {
             n: (torch.zeros_like(p) if p.grad is None else p.grad / counted)

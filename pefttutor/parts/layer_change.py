@@ -9,7 +9,7 @@ layer its own class back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +48,14 @@ class AdaptedLayer(nn.Module):
         return _blank, (kind,), vars(self)
 
 
-@cache
+_made_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _widened(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {"_adapted": True})
+    """The one class that widens `kind`."""
+    if kind not in _made_classes:
+        _made_classes[kind] = type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {"_adapted": True})
+    return _made_classes[kind]
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

@@ -63,8 +63,8 @@ class Hooked(Part):
 def seen_before(kwargs: dict[str, Any]) -> tuple[Any, int]:
     """The cache that a call goes on from, and how many tokens it holds; (None, 0) without one."""
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    return cache, int(length)
+    measure = getattr(cache, "get_seq_length", None)
+    return cache, int(measure()) if callable(measure) else 0
 
 
 def hidden_states(args: Any, kwargs: Any, new: Tensor | None = None) -> Any:

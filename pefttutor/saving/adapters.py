@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from pefttutor.catalog import methods
 from pefttutor.method import DEFAULT, Method, find
-from pefttutor.parts.attachment import base_of, restored_on_error
+from pefttutor.parts.attachment import base_of
 from pefttutor.parts.entries import saved_choice, train_entries
 from pefttutor.parts.fingerprint import check_base
+from pefttutor.parts.restoring import restored_on_error
 from pefttutor.saving.files import write_atomically
 
 __all__ = ["description", "load", "save"]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
 from pefttutor.parts.attachment import added_key
-from pefttutor.parts.entries import candidates, settle_as
+from pefttutor.parts.choosing_again import settle_as
+from pefttutor.parts.entries import candidates
 from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.ranking import largest_share
 from pefttutor.parts.settings import check_names, check_number
@@ -81,22 +82,15 @@ class DiffPruning:
             check_called(model, tensors)
             for weight_name, weight in tensors.items():
                 key = weight_name.rpartition(".")[2]
-                shifted = Shifted(
-                    *(added_key(key + ending, name) for ending in (DELTA, ALPHA, GROUP)), self.structured
-                )
+                delta, alpha, group = (added_key(key + ending, name) for ending in (DELTA, ALPHA, GROUP))
                 # At least float32: in half precision a gate of 5 would be too large to move by a step.
-                like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-                added = {
-                    shifted.delta: torch.zeros(weight.shape, **like),
-                    shifted.alpha: torch.full(weight.shape, self.alpha_init, **like),
-                }
+                zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+                added = {delta: zeros, alpha: torch.full_like(zeros, self.alpha_init)}
                 if self.structured:
-                    added[shifted.group] = torch.full((), self.alpha_init, **like)
-                new.add(
-                    Shadowed(
-                        model, weight_name, name, shifted, {k: nn.Parameter(v) for k, v in added.items()}
-                    )
-                )
+                    added[group] = torch.full_like(zeros.sum(), self.alpha_init)
+                parameters = {key: nn.Parameter(tensor.detach()) for key, tensor in added.items()}
+                shifted = Shifted(delta, alpha, group, self.structured)
+                new.add(Shadowed(model, weight_name, name, shifted, parameters))
             for part in train_fully(model, (), self.modules_to_save):
                 new.add(part)
         return model

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attached
-from pefttutor.parts.entries import candidates, rechoose, train_entries
+from pefttutor.parts.choosing_again import rechoose
+from pefttutor.parts.entries import candidates, train_entries
 from pefttutor.parts.information import example_losses, fisher_information
 from pefttutor.parts.ranking import exact_share, largest_share, without_values
 from pefttutor.parts.settings import check_examples, check_fraction, check_names, check_whole

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pefttutor.kernels.flat_entries import read
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
-from pefttutor.parts.entries import VALUES, candidates, entries, settle_as
+from pefttutor.parts.choosing_again import settle_as
+from pefttutor.parts.entries import VALUES, candidates, entries
 from pefttutor.parts.freezing import Whole, train_everything
 from pefttutor.parts.ranking import largest_share
 from pefttutor.parts.settings import check_fraction, check_names, check_number

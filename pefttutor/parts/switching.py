@@ -1,0 +1,166 @@
+"""What can be done with attachments: switch them on and off, fold them into the weights, take them out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pefttutor.parts.attachment import Attachment, Attachments, attachments, check_apart, find
+from pefttutor.parts.checkpointing import close_to_checkpointing
+
+__all__ = ["detach", "merge", "merged", "switch", "unmerge"]
+
+
+def merged(model: nn.Module) -> bool:
+    """Whether one of the attachments is folded into the weights at the moment."""
+    return any(attachment.merged for attachment in _there(model))
+
+
+def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) -> nn.Module:
+    """Let exactly the named attachments take effect from now on; without names, the model is the plain base.
+
+    train: which of them train when the model is trained next; None lets all of them.
+
+    Raises: ValueError for a name that isn't there, one that is merged, two that change the same tensor in place, or
+        `train` that names others. Nothing has been changed then.
+    """
+    carried = _carried(model)
+    chosen, learning = [find(model, name) for name in names], names if train is None else train
+    if isinstance(train, str) or not set(learning) <= set(names):
+        raise ValueError(f"train is {train!r}; expected some of the names that are switched on, {names!r}.")
+    changing = [a for a in carried.by_name.values() if a.active != (a in chosen)]
+    for attachment in changing:
+        if attachment.merged:
+            raise ValueError(
+                f"{attachment.name!r} is merged into the weights: pefttutor.unmerge(model) first."
+            )
+    for i, one in enumerate(chosen):
+        check_apart(Attachments({a.name: a for a in chosen[:i]}, None, frozenset()), one, switched=True)
+    for attachment in reversed([a for a in changing if a.active]):
+        _switch(attachment, False)
+    for attachment in [a for a in changing if a in chosen]:
+        _switch(attachment, True)
+    for attachment in chosen:
+        attachment.trains = attachment.name in learning
+    carried.apply(model)
+    return model
+
+
+def _switch(attachment: Attachment, on: bool) -> None:
+    for part in attachment.parts if on else reversed(attachment.parts):
+        part.switch(on)
+    attachment.active = on
+
+
+# ---- folding into the weights, and taking out
+
+
+def merge(model: nn.Module, *names: str) -> nn.Module:
+    """Fold attachments into the weights: the same function at the base's cost. Without names, all that are active.
+
+    The base's weights are kept aside for `unmerge`. To keep the change for good, see `detach`.
+
+    Raises: ValueError for a name that isn't there, an attachment that can't be folded, or one that shares a weight
+        with another; RuntimeError for one that is merged already. Nothing has been changed then.
+    """
+    chosen = _chosen(model, names, [a for a in _there(model) if a.active])
+    for attachment in chosen:
+        if attachment.merged:
+            raise RuntimeError(f"{attachment.name!r} is merged already: call unmerge(model) first.")
+        if not attachment.active:
+            raise ValueError(f"{attachment.name!r} is switched off: pefttutor.switch(model, …) first.")
+        _check_foldable(model, attachment, chosen)
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError("merging inside torch.autocast would round the weights: merge outside of it.")
+    for attachment in chosen:
+        for part in attachment.parts:
+            part.fold()
+        attachment.merged = True
+    return model
+
+
+def unmerge(model: nn.Module, *names: str) -> nn.Module:
+    """Put the base's weights back, exactly as they were. Without names, for all that are merged.
+
+    Raises: RuntimeError if nothing is merged, ValueError for a name that isn't there.
+    """
+    chosen = _chosen(model, names, [a for a in _there(model) if a.merged])
+    for attachment in chosen:
+        if not attachment.merged:
+            raise RuntimeError(f"{attachment.name!r} isn't merged, so there is nothing to unmerge.")
+    if not chosen:
+        raise RuntimeError("this model isn't merged, so there is nothing to unmerge.")
+    for attachment in reversed(chosen):
+        for part in reversed(attachment.parts):
+            part.unfold()
+        attachment.merged = False
+    return model
+
+
+def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
+    """Take attachments out of the model again, all of them without names.
+
+    The base is then, bit for bit, what it was before. With `keep=True` the base keeps what was learned: the change is
+    folded in for good, and the model is a plain one that `save_pretrained` writes as such.
+
+    Raises: ValueError for a name that isn't there, or with `keep` an attachment that can't be folded in; RuntimeError
+        if nothing is attached. Nothing has been changed then.
+    """
+    carried = _carried(model)
+    chosen = _chosen(model, names, list(carried.by_name.values()))
+    unmerged = [attachment.name for attachment in chosen if not attachment.merged]
+    if keep and unmerged:
+        merge(model, *unmerged)
+    for attachment in reversed(chosen):
+        if keep:
+            for part in attachment.parts:
+                part.keep(model)
+        elif attachment.merged:
+            unmerge(model, attachment.name)
+        if attachment.active and not keep:
+            _switch(attachment, False)
+        for part in reversed(attachment.parts):
+            part.remove()
+        del carried.by_name[attachment.name]
+    carried.apply(model)
+    if not carried.by_name:
+        close_to_checkpointing(model)
+        del vars(model)["_pefttutor"]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in carried.trained)
+    return model
+
+
+def _there(model: nn.Module) -> list[Attachment]:
+    carried = attachments(model)
+    return list(carried.by_name.values()) if carried else []
+
+
+def _carried(model: nn.Module) -> Attachments:
+    carried = attachments(model)
+    if carried is None:
+        raise RuntimeError("no method is attached to this model: call attach(model) of a method first.")
+    return carried
+
+
+def _chosen(model: nn.Module, names: tuple[str, ...], otherwise: list[Attachment]) -> list[Attachment]:
+    _carried(model)
+    return [find(model, name) for name in dict.fromkeys(names)] if names else otherwise
+
+
+def _check_foldable(model: nn.Module, attachment: Attachment, together: list[Attachment]) -> None:
+    """Raise ValueError if a part can't be folded, or if the result would depend on another attachment."""
+    for part in attachment.parts:
+        part.check_foldable()
+    for other in _there(model):
+        if other in together or not other.active:
+            continue
+        for theirs in other.parts:
+            for ours in attachment.parts:
+                shared = {id(t) for t in theirs.touched()} & {id(t) for t in ours.touched()}
+                if shared and not (theirs.additive and ours.additive):
+                    raise ValueError(
+                        f"{attachment.name!r} ({type(attachment.method).__name__}) and {other.name!r} "
+                        f"({type(other.method).__name__}) share a weight, so one can't be merged without the other: "
+                        "name both, or switch that one off."
+                    )
