@@ -34,6 +34,9 @@ class Added(Part):
     def saved(self) -> list[tuple[str, Tensor]]:
         return [(name, getattr(module, key)) for name, (module, key) in self.places.items()]
 
+    def check_foldable(self) -> None:
+        """By themselves they change nothing; what makes use of them may say no."""
+
     def switch(self, on: bool) -> None:
         self.on = on
 

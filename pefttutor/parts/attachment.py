@@ -131,6 +131,10 @@ def attachments(model: nn.Module) -> Attachments | None:
 def find(model: nn.Module, name: str | None = None) -> Attachment:
     """The attachment called `name`; without a name, the only one.
 
+    >>> from pefttutor import BitFit
+    >>> find(BitFit().attach(nn.Linear(2, 2), name="small")).name
+    'small'
+
     Raises: ValueError if there is none of that name, none at all, or several to choose from, with their names.
     """
     carried = attachments(model)

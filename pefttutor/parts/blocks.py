@@ -10,6 +10,9 @@ __all__ = ["below", "blocks"]
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of the model's blocks: the list with most parameters; of two alike, the last.
 
+    >>> blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}))[0]
+    'layers'
+
     Raises: ValueError if there is none.
     """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]

@@ -221,7 +221,14 @@ def _chosen(model: nn.Module) -> Iterator[Entries]:
 
 
 def entries(model: nn.Module) -> dict[str, Tensor]:
-    """The flat places of the entries that train, by the name of their weight, a tied one once. Shapes: (k)."""
+    """The flat places of the entries that train, by the name of their weight, a tied one once. Shapes: (k).
+
+    >>> from pefttutor import SparseFineTuning
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    >>> model = SparseFineTuning().attach(model, {"0.weight": torch.eye(2).bool()})
+    >>> entries(model)["0.weight"].tolist()
+    [0, 3]
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(part.weight)]: part.index for part in _chosen(model)}
 

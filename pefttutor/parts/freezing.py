@@ -53,6 +53,9 @@ def fully_trained(model: nn.Module, modules_to_save: Collection[str]) -> tuple[l
 
     Buffers that aren't persistent aren't saved by transformers either, so they are left out.
 
+    >>> fully_trained(nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.BatchNorm1d(2)}), ("head",))[0]
+    ['head.weight', 'head.bias']
+
     Raises: ValueError for a string, or a name that finds no module.
     """
     if isinstance(modules_to_save, str):

@@ -145,12 +145,12 @@ class LayerChange(Part):
         weight = self.layer._parameters.get("weight")
         if weight is None or not weight.is_floating_point():
             raise ValueError(
-                f"{self.path!r} keeps its weight in a form that nothing can be added to (is it quantised?), so it "
-                "can't be merged; leave the method attached, or attach it to the model as it was before quantising."
+                f"{self.path!r} keeps its weight in a form that nothing can be added to (is it quantised?); leave the "
+                "method attached, or attach it to the model as it was before quantising."
             )
         reason = None if self.plain else why_not_linear(self.layer)
         if reason:
-            raise ValueError(f"{self.path!r} can't be merged: {reason}.")
+            raise ValueError(f"{self.path!r} can't take it: {reason}.")
 
     def fold(self) -> None:
         self.check_foldable()

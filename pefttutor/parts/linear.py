@@ -62,7 +62,11 @@ def stored_as(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight as (out, in), a view where the layer stores it. Raises: ValueError for a layer that can't tell."""
+    """The weight as (out, in), a view where the layer stores it. Raises: ValueError for a layer that can't tell.
+
+    >>> dense_weight(nn.Embedding(100, 8)).shape
+    torch.Size([8, 100])
+    """
     if _has_weight(layer):
         return stored_as(layer, layer.weight)  # type: ignore[arg-type]
     dense: Any = getattr(layer, "dense_weight", None)
@@ -145,7 +149,11 @@ def _differs(layer: Any) -> str | None:
 
 
 def all_linear(model: nn.Module, without: set[nn.Module]) -> dict[str, nn.Module]:
-    """Every linear layer but the output head, embeddings, and those in `without`, by name."""
+    """Every linear layer but the output head, embeddings, and those in `without`, by name.
+
+    >>> list(all_linear(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.ReLU()), set()))
+    ['1']
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return {

@@ -63,8 +63,7 @@ class Part:
     def check_foldable(self) -> None:
         """Raise ValueError, with the reason, if this part can't be folded into the weights."""
         raise ValueError(
-            f"a {type(self).__name__} changes what the model computes in a way that no weight can hold, so it can't be "
-            "merged; leave it attached."
+            "it changes what the model computes in a way that no weight can hold; leave it attached."
         )
 
     def fold(self) -> None:

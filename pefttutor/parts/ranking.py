@@ -31,7 +31,11 @@ def largest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
 
 
 def largest_share(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Masks of the ⌊fraction · n⌋ largest of n scores, but at least of one."""
+    """Masks of the ⌊fraction · n⌋ largest of n scores, but at least of one.
+
+    >>> largest_share({"w": torch.tensor([3.0, 1.0, 2.0, 0.0])}, 0.5)["w"].tolist()
+    [True, False, True, False]
+    """
     n = sum(score.numel() for score in scores.values())
     return largest(scores, max(1, int(exact_share(fraction, n))))
 

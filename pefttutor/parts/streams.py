@@ -21,7 +21,12 @@ PreHook = Callable[[nn.Module, Any, Any], Any]  # (module, args, kwargs) → (ar
 
 
 def body(model: nn.Module) -> nn.Module:
-    """The module that turns token ids into hidden states: `base_model` of transformers, else the model itself."""
+    """The module that turns token ids into hidden states: `base_model` of transformers, else the model itself.
+
+    >>> model = nn.Linear(2, 2)
+    >>> body(model) is model
+    True
+    """
     inner = getattr(model, "base_model", None)
     return inner if isinstance(inner, nn.Module) else model
 

@@ -21,6 +21,13 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
 
     train: which of them train when the model is trained next; None lets all of them.
 
+    >>> from pefttutor import LoRA, trainable
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> for name in ("german", "bank"):
+    ...     model = LoRA(r=2, target_modules=("0",)).attach(model, name=name)
+    >>> trainable(switch(model, "german"))
+    {'0.lora_A@german': 8, '0.lora_B@german': 8}
+
     Raises: ValueError for a name that isn't there, one that is merged, two that change the same tensor in place, or
         `train` that names others. Nothing has been changed then.
     """
@@ -59,6 +66,11 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
     """Fold attachments into the weights: the same function at the base's cost. Without names, all that are active.
 
     The base's weights are kept aside for `unmerge`. To keep the change for good, see `detach`.
+
+    >>> from pefttutor import LoRA
+    >>> model = LoRA(r=2, target_modules=("0",)).attach(nn.Sequential(nn.Linear(4, 4)))
+    >>> merged(model), merged(merge(model)), merged(unmerge(model))
+    (False, True, False)
 
     Raises: ValueError for a name that isn't there, an attachment that can't be folded, or one that shares a weight
         with another; RuntimeError for one that is merged already. Nothing has been changed then.
@@ -102,6 +114,11 @@ def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
 
     The base is then, bit for bit, what it was before. With `keep=True` the base keeps what was learned: the change is
     folded in for good, and the model is a plain one that `save_pretrained` writes as such.
+
+    >>> from pefttutor import LoRA
+    >>> model = LoRA(r=2, target_modules=("0",)).attach(nn.Sequential(nn.Linear(4, 4)))
+    >>> type(model[0]).__name__, type(detach(model)[0]).__name__
+    ('AdaptedLinear', 'Linear')
 
     Raises: ValueError for a name that isn't there, or with `keep` an attachment that can't be folded in; RuntimeError
         if nothing is attached. Nothing has been changed then.
@@ -150,8 +167,12 @@ def _chosen(model: nn.Module, names: tuple[str, ...], otherwise: list[Attachment
 
 def _check_foldable(model: nn.Module, attachment: Attachment, together: list[Attachment]) -> None:
     """Raise ValueError if a part can't be folded, or if the result would depend on another attachment."""
+    kind = type(attachment.method).__name__
     for part in attachment.parts:
-        part.check_foldable()
+        try:
+            part.check_foldable()
+        except ValueError as error:
+            raise ValueError(f"{attachment.name!r} ({kind}) can't be merged: {error}") from None
     for other in _there(model):
         if other in together or not other.active:
             continue
@@ -160,7 +181,7 @@ def _check_foldable(model: nn.Module, attachment: Attachment, together: list[Att
                 shared = {id(t) for t in theirs.touched()} & {id(t) for t in ours.touched()}
                 if shared and not (theirs.additive and ours.additive):
                     raise ValueError(
-                        f"{attachment.name!r} ({type(attachment.method).__name__}) and {other.name!r} "
+                        f"{attachment.name!r} ({kind}) and {other.name!r} "
                         f"({type(other.method).__name__}) share a weight, so one can't be merged without the other: "
                         "name both, or switch that one off."
                     )
