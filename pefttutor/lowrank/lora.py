@@ -45,7 +45,7 @@ class LoRA:
     init_seed: fixes the random factors, whatever the device.
 
     Shapes: A (r, in), B (out, r). For an embedding "in" is the vocabulary, A starts at zero and B is normal.
-    Cost: trains r · (in + out) values a layer (`count`); 2·r·(in + out) more FLOPs a token, none once merged.
+    Cost: it trains r · (in + out) values a layer (`count`) and takes 2·r·(in + out) more FLOPs a token, none once merged.
     Raises: ValueError for a value that makes no sense, before anything is changed.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; chapter eq. 4.10. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
@@ -64,21 +64,17 @@ class LoRA:
         check_number(self, "lora_dropout", least=0, below=1)
         check_whole(self, "init_seed", least=0)
         check_names(self, "target_modules", "modules_to_save")
-        if not self.target_modules:
-            raise ValueError(
-                "target_modules is empty; name at least one module, such as ('q_proj', 'v_proj')."
-            )
 
     @property
     def scaling(self) -> float:
-        """s, the factor of B A."""
+        """The factor s of B A: lora_alpha / r, or lora_alpha / √r with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, give its target modules the two factors, and return it.
 
         Raises: ValueError if the name is in use, a module doesn't exist, or a layer can't be adapted or is smaller
-            than r. Nothing has been changed then.
+            than r. The model is then as it was.
         """
         with attaching(model, self, name) as new:
             targets = self._targets(model)

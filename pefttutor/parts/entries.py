@@ -6,7 +6,7 @@ values are written into it, and in training the layer sees it through `selected`
 chosen entries only. So any optimizer keeps state for k values, clipping sees k gradients, and k values are saved.
 
 Only a call of the layer itself delivers a gradient: `h @ model.emb.weight.T` in a model's own forward reads the
-weight past it, and that use trains nothing. Where it is known (`shadow.check_called`), attaching is refused.
+weight past it, and that use trains nothing. Where it is known (`called.check_called`), attaching is refused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from pefttutor.kernels.flat_entries import read, selected, write
 from pefttutor.parts.attachment import DEFAULT, Attachment, added_key, attaching, attachments
+from pefttutor.parts.called import check_called
 from pefttutor.parts.freezing import InPlace, aside, fully_trained, train_fully, whole
 from pefttutor.parts.part import Key, owners
 from pefttutor.parts.places import places
-from pefttutor.parts.shadow import check_called, shadow, unshadow
+from pefttutor.parts.shadow import shadow, unshadow
 
 __all__ = [
     "INDEX",

@@ -61,7 +61,8 @@ def fisher_information(
     if log_likelihood is None and not expected and any("labels" not in example for example in chosen):
         raise ValueError(
             "the empirical Fisher information needs labels, and an example has only "
-            f"{', '.join(chosen[0])}: add labels, or ask for expected=True."
+            f"{', '.join(chosen[0])}: add labels, or ask for expected=True, or give log_likelihood=, a function "
+            "(model, batch) → one value an example."
         )
     stack, device = collate or collator(model), next(model.parameters()).device
     value = log_likelihood or (_expected if expected else _empirical)
@@ -158,7 +159,13 @@ def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     reads_labels = (
         both and "decoder_input_ids" not in batch and batch.get("labels", torch.zeros(())).dim() == 2
     )
-    return model(**{key: value for key, value in batch.items() if key != "labels" or reads_labels}).logits
+    output = model(**{key: value for key, value in batch.items() if key != "labels" or reads_labels})
+    if getattr(output, "logits", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} gives {', '.join(output) if isinstance(output, dict) else type(output).__name__} "
+            "and no logits: give log_likelihood=, a function (model, batch) → one value an example."
+        )
+    return output.logits
 
 
 def _empirical(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

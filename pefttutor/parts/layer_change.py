@@ -73,6 +73,8 @@ class LayerChange(Part):
         """`path`: the layer's name in the model. `name`: the attachment's. `added`: by their keys in the layer."""
         self.path, self.layer, self.name, self.added_keys = path, layer, name, tuple(added)
         self.on, self.folded, self.plain = True, False, is_plain(layer)
+        before = next(iter(vars(layer).get("_changes", {}).values()), None)  # then it can't be asked any more
+        self.odd: str | None = before.odd if before else why_not_linear(layer)
         self.called = (
             False  # whether the model has called the layer since; some read its weight in another way
         )
@@ -148,9 +150,8 @@ class LayerChange(Part):
                 f"{self.path!r} keeps its weight in a form that nothing can be added to (is it quantised?); leave the "
                 "method attached, or attach it to the model as it was before quantising."
             )
-        reason = None if self.plain else why_not_linear(self.layer)
-        if reason:
-            raise ValueError(f"{self.path!r} can't take it: {reason}.")
+        if self.odd:
+            raise ValueError(f"{self.path!r} can't take it: {self.odd}.")
 
     def fold(self) -> None:
         self.check_foldable()

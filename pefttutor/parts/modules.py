@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import nn
 
+from pefttutor.parts.called import read_past
 from pefttutor.parts.linear import all_linear, why_not_linear
 
 __all__ = ["find_modules", "linear_targets"]
@@ -77,12 +78,19 @@ def linear_targets(
     inside = {part: name for name, module in saved.items() for part in module.modules()}
     if target_modules == "all-linear":
         found = all_linear(model, set(inside))
+        past = _read_past(model, found)
+        found = {name: layer for name, layer in found.items() if name not in past}
         if not found:
             raise ValueError(
                 "target_modules is 'all-linear', and this model has no linear layer but its head."
             )
         return found
     found = find_modules(model, target_modules, why_not_linear)
+    for name in _read_past(model, found):
+        raise ValueError(
+            f"target_modules: {name!r} can't be adapted: this model reads its weight without calling it, so the change "
+            "would have no effect. Train all of it with modules_to_save, or leave it out."
+        )
     for name, layer in found.items():
         path = name.rpartition(".")[0]
         if isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) and _fast_path():
@@ -95,6 +103,12 @@ def linear_targets(
                 f"{name!r} is a target and part of {inside[layer]!r} in modules_to_save: it can be only one."
             )
     return found
+
+
+def _read_past(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+    past = read_past(model, [w for w in weights.values() if w is not None])
+    return [name for name, weight in weights.items() if id(weight) in past]
 
 
 def _fast_path() -> bool:

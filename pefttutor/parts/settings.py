@@ -67,6 +67,8 @@ def check_names(method: Any, *names: str) -> None:
             raise ValueError(f"{name} is a string; write ({value!r},).")
         if isinstance(value, str) or value is None:
             continue
+        if name == "target_modules" and isinstance(value, Collection) and not value:
+            raise ValueError(f"{name} is empty; name at least one module, such as ('q_proj', 'v_proj').")
         if not isinstance(value, Collection) or not all(isinstance(each, str) for each in value):
             _refuse(name, value, "names of modules, such as ('q_proj', 'v_proj')")
         object.__setattr__(method, name, tuple(value))
@@ -81,6 +83,6 @@ def check_examples(method: Any, examples: Sequence[Any] | None, *, labels: bool 
         if "labels" not in example:
             raise ValueError(
                 f"{name} chooses by the loss and needs labels, and an example has only {', '.join(example)}: "
-                "add labels."
+                "add labels, or give log_likelihood=, a function (model, batch) → one value an example."
             )
     return examples

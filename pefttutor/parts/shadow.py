@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pefttutor.parts.part import Key, Part, owners
 
-__all__ = ["Shadowed", "check_called", "shadow", "unshadow"]
+__all__ = ["Shadowed", "shadow", "unshadow"]
 
 # make(layer, key, weight) → what the layer computes with, or None for the weight as it is
 Make = Callable[[nn.Module, str, Tensor], Tensor | None]
@@ -52,21 +52,6 @@ def unshadow(layer: nn.Module, key: str, name: str) -> None:
 def shadows(layer: nn.Module) -> Mapping[str, Mapping[str, Make]]:
     """What stands in the place of the layer's parameters, by their key and the attachment's name."""
     return vars(layer).get("_shadows", {})
-
-
-def check_called(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError if one of the parameters is known to be read without its layer being called.
-
-    nn.MultiheadAttention reads out_proj's, DeBERTa the table rel_embeddings: there a shadow would never be seen.
-    """
-    for name in names:
-        path = name.rpartition(".")[0]
-        kind, own = type(model.get_submodule(path)), path.rpartition(".")[2]
-        if kind.__name__ == "NonDynamicallyQuantizableLinear" or own == "rel_embeddings":
-            raise ValueError(
-                f"{name!r} is read without calling its layer {path!r}, so a part of it gets no gradient. "
-                f"Train all of it with modules_to_save=({own!r},), or leave it out."
-            )
 
 
 class Shadowed(Part):

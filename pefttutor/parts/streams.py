@@ -1,8 +1,4 @@
-"""What goes into a model and between its blocks: hooks on the body, so that every loss and every decoder sees them.
-
-The body is what turns tokens into hidden states: `generate`, a loss that skips the head, and the model's own forward
-all call it, with the token ids, the mask and the cache of this call.
-"""
+"""What goes into a model and between its blocks: hooks on the body, so that every loss and every decoder sees them."""
 
 from __future__ import annotations
 
@@ -12,23 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pefttutor.data.trial import trial
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.part import Part
 
-__all__ = ["Hooked", "body", "hidden_size", "hidden_states", "seen_before"]
+__all__ = ["Hooked", "hidden_states", "reader", "seen_before", "token_ids"]
+
+CACHES = ("past_key_values", "cache_params", "cache")  # what models call it
 
 PreHook = Callable[[nn.Module, Any, Any], Any]  # (module, args, kwargs) → (args, kwargs) or None
-
-
-def body(model: nn.Module) -> nn.Module:
-    """The module that turns token ids into hidden states: `base_model` of transformers, else the model itself.
-
-    >>> model = nn.Linear(2, 2)
-    >>> body(model) is model
-    True
-    """
-    inner = getattr(model, "base_model", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 class Hooked(Part):
@@ -65,11 +53,16 @@ class Hooked(Part):
         self.switch(False)
 
 
-def seen_before(kwargs: dict[str, Any]) -> tuple[Any, int]:
-    """The cache that a call goes on from, and how many tokens it holds; (None, 0) without one."""
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    measure = getattr(cache, "get_seq_length", None)
-    return cache, int(measure()) if callable(measure) else 0
+def seen_before(kwargs: dict[str, Any]) -> tuple[Any, bool | None]:
+    """The cache that a call goes on from, and whether it holds tokens already: None where it doesn't count them.
+
+    (None, False) without a cache.
+    """
+    cache = next((kwargs[key] for key in CACHES if kwargs.get(key) is not None), None)
+    try:
+        return cache, cache is not None and int(cache.get_seq_length()) > 0
+    except (AttributeError, ValueError):  # a state-space model's
+        return cache, None
 
 
 def hidden_states(args: Any, kwargs: Any, new: Tensor | None = None) -> Any:
@@ -87,34 +80,58 @@ def hidden_states(args: Any, kwargs: Any, new: Tensor | None = None) -> Any:
     )
 
 
-def hidden_size(model: nn.Module) -> int:
-    """The width of what goes into the blocks; not always that of the embeddings (ALBERT, ELECTRA).
+def reader(model: nn.Module) -> tuple[nn.Module, int]:
+    """The innermost module around the blocks that gets token ids, and the width of what goes into the blocks.
 
-    Raises: ValueError for a model whose blocks don't take (batch, seq, d).
+    `generate`, a loss that skips the head and the model's own forward all call that module, with the mask and the
+    cache of the call. Both are seen in a trial; without values, they are taken from what is usual.
+
+    Raises: ValueError for a model whose blocks don't take (batch, seq, d), or that can't be tried with tokens alone.
     """
+    path, stack = blocks(model)
     table = model.get_input_embeddings()  # type: ignore[operator]
-    width = int(getattr(getattr(model, "config", None), "hidden_size", 0) or table.weight.shape[1])
     if table.weight.is_meta:
-        return width
+        width = getattr(getattr(model, "config", None), "hidden_size", None) or table.weight.shape[1]
+        return getattr(model, "base_model", model), int(width)
+    around = [model.get_submodule(path[:i].rstrip(".")) for i in _ends(path)]
+    readers: list[nn.Module] = []
     shapes: list[torch.Size] = []
+
+    def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if token_ids(args, kwargs) is not None:
+            readers.append(module)
 
     def note(block: nn.Module, args: Any, kwargs: Any) -> None:
         shapes.append(hidden_states(args, kwargs).shape)
 
-    block, modes = blocks(model)[1][0], [(module, module.training) for module in model.modules()]
-    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(read, with_kwargs=True) for module in around]
+    handles.append(stack[0].register_forward_pre_hook(note, with_kwargs=True))
     try:
-        model.eval()
-        with torch.no_grad():
-            body(model)(input_ids=torch.zeros(1, 2, dtype=torch.long, device=table.weight.device))
+        with trial(model):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=table.weight.device))
+    except Exception as error:
+        raise ValueError(
+            f"a {type(model).__name__} can't be tried with two tokens alone ({type(error).__name__}: {error}), so it "
+            "isn't known where its tokens go in."
+        ) from error
     finally:
-        handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    if not shapes or tuple(shapes[0][:2]) != (1, 2):
+        for handle in handles:
+            handle.remove()
+    if not readers or not shapes or tuple(shapes[0][:2]) != (1, 2):
         found = tuple(shapes[0]) if shapes else "not called"
         raise ValueError(
-            f"the blocks of a {type(model).__name__} take (batch, seq, d) in other models; two tokens of one text are "
-            f"{found} here, so it can't be said which token is which."
+            f"the blocks of other models take (batch, seq, d); those of a {type(model).__name__} get two tokens of one "
+            f"text as {found}, so it can't be said which token is which."
         )
-    return shapes[0][2]
+    return readers[-1], shapes[0][2]
+
+
+def token_ids(args: Any, kwargs: Any) -> Tensor | None:
+    """The token ids that a module is called with, or None."""
+    ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else next(iter(args), None)
+    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() == 2 else None
+
+
+def _ends(path: str) -> list[int]:
+    """Where the names of the modules around a path end: nothing, "model", "model.decoder", …"""
+    return [0, *(i for i, letter in enumerate(path) if letter == ".")]

@@ -22,7 +22,13 @@ NORMS, FROZEN = "autofreeze_norms", "autofreeze_frozen"
 def settled(before: Tensor, now: Tensor, frozen: int, percentile: float = 50) -> int:
     """How many leading blocks are frozen next: all before the first whose gradient norm still changes much.
 
-    η_l = |‖g_l‖ before − ‖g_l‖ now| / ‖g_l‖ before;  much: at or above the percentile of the blocks still training.
+    η_l = |‖g_l‖ before − ‖g_l‖ now| / ‖g_l‖ before
+
+    "Much" means at or above the percentile of the changes in the blocks that still train.
+
+    >>> before, now = torch.ones(4), torch.tensor([1.0, 1.1, 2.0, 1.0])
+    >>> settled(before, now, frozen=0)          # η is 0, 0.1, 1, 0, its median 0.05: only block 0 has settled
+    1
 
     Shapes: before, now (L), of which the first `frozen` aren't looked at. Returns a number in frozen … L − 1.
     """
@@ -35,13 +41,18 @@ def settled(before: Tensor, now: Tensor, frozen: int, percentile: float = 50) ->
 class AutoFreeze:
     """Full fine-tuning that stops training a growing prefix of blocks, and everything below them (`layers.below`).
 
-    interval: steps between decisions. percentile: see `settled`.
+    >>> model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    >>> AutoFreeze(interval=50).attach(model).autofreeze_norms      # of the last interval and of this one, by block
+    tensor([[0., 0., 0.],
+            [0., 0., 0.]])
+
+    interval: how many steps lie between two decisions. percentile: see `settled`.
 
     A head tied to the input embeddings is frozen with them. A frozen prefix needs no backward pass, and its output
     can be kept: see `CachedPrefix`. The gradient norms and the number of frozen blocks are buffers of the model, so
     an interrupted run goes on.
 
-    Cost: at first that of full fine-tuning, then less; a norm a parameter in each step.
+    Cost: at first that of full fine-tuning, then less; in each step one norm for each parameter.
     Raises: ValueError for an interval < 1 or a percentile outside (0, 100].
     Source: Liu et al. 2021, arXiv:2102.01386, algorithm 1 (the gradient-norm test).
     """
@@ -58,7 +69,7 @@ class AutoFreeze:
         with attaching(model, self, name) as new:
             depth, device = len(blocks(model)[1]), next(model.parameters()).device
             new.add(train_everything(model))
-            norms = torch.zeros(2, depth, device=device)  # of the last interval, and of this one
+            norms = torch.zeros(2, depth, device=device)  # (2, L): of the last interval, and of this one
             frozen = torch.zeros((), dtype=torch.int64, device=device)
             names = [added_key(key, name) for key in (NORMS, FROZEN)]
             new.add(Added((model, "", key, t) for key, t in zip(names, (norms, frozen), strict=True)))
@@ -73,10 +84,10 @@ class AutoFreeze:
             self._decide(model, norms, frozen, step)
 
     def _decide(self, model: nn.Module, norms: Tensor, frozen: Tensor, step: int) -> None:
-        path, stack = blocks(model)
-        grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in stack]
-        sums = [[g.abs().sum().to(norms) for g in found] for found in grads]
-        now = torch.stack([torch.stack(found).sum() if found else norms.new_zeros(()) for found in sums])
+        path, layers = blocks(model)
+        grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in layers]
+        sums = [[g.abs().sum().to(norms) for g in of_block] for of_block in grads]
+        now = torch.stack([torch.stack(terms).sum() if terms else norms.new_zeros(()) for terms in sums])
         if now.isfinite().all():  # a step that overflowed says nothing about what has settled
             norms[1] += now
         if (step + 1) % self.interval == 0:

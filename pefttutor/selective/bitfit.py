@@ -22,16 +22,21 @@ __all__ = ["BitFit"]
 class BitFit:
     """Train every bias of the model: of linear layers, of LayerNorms (their β), and nothing else.
 
-    target_modules: only the biases of these, such as ("query", "intermediate.dense"), which the paper finds to be
-        nearly as good; None means all.
+    >>> model = BitFit().attach(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)))
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.bias', '1.bias']
+
+    target_modules: only the biases of these modules train, such as ("query", "intermediate.dense"), which the paper
+        finds to be nearly as good; None means all.
     modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
 
     A bias moves all inputs alike, so the usual learning rate is about 100 times that of full fine-tuning. The bias of
     an attention's keys gets no gradient at all: it adds the same number to all scores of a row, and softmax doesn't
     see it.
 
-    Cost: trains one value an output unit, 0.08 to 0.09 % of BERT (`count`); no extra FLOPs; nothing to merge.
-    Raises: ValueError on a model without biases, such as Llama: there LoRA or LayerNormTuning is the small choice.
+    Shapes: a bias has one value for each output of its layer.
+    Cost: it trains 0.08 to 0.09 % of BERT's values (`count`), without extra FLOPs, and there is nothing to merge.
+    Raises: ValueError on a model without biases, such as Llama; there LoRA or LayerNormTuning is the small choice.
     Source: Ben Zaken et al. 2022, arXiv:2106.10199; chapter 4.3.1.
     """
 

@@ -28,14 +28,20 @@ class ChildTuningF:
 
     g ← g ⊙ M / p_F,   M ~ Bernoulli(p_F), fresh in each step
 
+    >>> layer = nn.Linear(8, 8)
+    >>> layer.weight.grad = torch.ones(8, 8)
+    >>> ChildTuningF(p_F=0.25).after_backward(layer, step=0)
+    >>> layer.weight.grad.unique()                                      # dropped, or divided by p_F
+    tensor([0., 4.])
+
     p_F: chance of an entry to keep its gradient. Dividing by it makes the expected gradient that of full
         fine-tuning; the chapter's eq. 4.6 and 4.7 leave it out, the authors' code has it.
-    seed: of the masks. A step's masks depend on the seed and the step alone, so an interrupted run can go on.
+    seed: fixes the masks. A step's masks depend on the seed and the step alone, so an interrupted run can go on.
 
     All gradients are computed, all entries have optimizer state, and momentum and weight decay move every entry in
     every step: this is noise on the gradient, as published. With p_F = 1 it is full fine-tuning.
 
-    Cost: that of full fine-tuning, and a draw an entry in each step.
+    Cost: that of full fine-tuning, and one random draw for each entry in each step.
     Raises: ValueError for p_F outside (0, 1].
     Source: Xu et al. 2021, arXiv:2109.05687, eq. 1; chapter eq. 4.6 and 4.7.
     """
@@ -66,9 +72,16 @@ class ChildTuningF:
 
 @dataclass(frozen=True, kw_only=True)
 class ChildTuningD:
-    """Train the entries with the largest Fisher information on the task, in all steps the same.
+    """Train the entries with the largest Fisher information on the task; the mask is the same in all steps.
 
-    p_D: share of the entries that train, over all tensors but `modules_to_save`. With p_D = 1: full fine-tuning.
+    M_i = 1 for the k largest F_i,   k = ⌊p_D · n⌋
+
+    >>> examples = [{"x": Tensor([3.0, 1.0])}, {"x": Tensor([-3.0, 1.0])}]      # Σ g² is 18 and 2
+    >>> log_likelihood = lambda model, batch: model(batch["x"]).sum(1)
+    >>> ChildTuningD(p_D=0.5).masks(nn.Linear(2, 1, bias=False), examples, log_likelihood=log_likelihood)
+    {'weight': tensor([[ True, False]])}
+
+    p_D: share of the entries that train, over all tensors but `modules_to_save`. p_D = 1 is full fine-tuning.
     samples: how many examples are used for choosing; None takes all, as eq. 4.9 says.
     modules_to_save: modules that train fully, such as a new head ("classifier").
 
@@ -76,7 +89,7 @@ class ChildTuningD:
     dense Adam, whose momentum and weight decay move them, and squares the gradient of a batch in place of each
     example's.)
 
-    Cost: choosing costs about one epoch; training as in `SparseFineTuning`.
+    Cost: choosing costs about one epoch; training costs what it does in `SparseFineTuning`.
     Raises: ValueError for p_D outside (0, 1].
     Source: Xu et al. 2021, arXiv:2109.05687, eq. 5 and 6; chapter eq. 4.8 and 4.9.
     """
@@ -94,7 +107,7 @@ class ChildTuningD:
     ) -> nn.Module:
         """Choose entries by `examples`, freeze the others, and return `model`. `how`: see `fisher_information`.
 
-        Raises: ValueError if the name is in use, without examples or labels.
+        Raises: ValueError if the name is in use, or there are no examples or labels.
         """
         return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
 

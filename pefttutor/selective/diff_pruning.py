@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
 from pefttutor.parts.attachment import added_key
+from pefttutor.parts.called import check_called
 from pefttutor.parts.choosing_again import settle_as
 from pefttutor.parts.entries import candidates
 from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.ranking import largest_share
 from pefttutor.parts.settings import check_names, check_number
-from pefttutor.parts.shadow import Shadowed, check_called
+from pefttutor.parts.shadow import Shadowed
 
 __all__ = ["DiffPruning", "gate", "open_probability"]
 
@@ -31,13 +32,25 @@ LEFT, RIGHT = -1.5, 1.5
 
 
 def gate(alpha: Tensor, u: Tensor | None = None) -> Tensor:
-    """The hard-concrete z: random with u ~ U(0, 1), its usual value with u = None. Shapes: (…), (…) → (…)."""
+    """The hard-concrete gate z: random with u ~ U(0, 1), its usual value with u = None.
+
+    >>> gate(torch.tensor([-2.0, 1.0, 2.0]))                            # closed, half open, open
+    tensor([0.0000, 0.6932, 1.0000])
+
+    Shapes: (…), (…) → (…). Source: Louizos et al. 2018, arXiv:1712.01312.
+    """
     noise = 0 if u is None else u.log() - (-u).log1p()
     return ((noise + alpha).sigmoid() * (RIGHT - LEFT) + LEFT).clamp(0, 1)
 
 
 def open_probability(alpha: Tensor) -> Tensor:
-    """P(z ≠ 0) = σ(α − log(−l / r)). Source: Louizos et al. 2018, arXiv:1712.01312, eq. 12."""
+    """The probability that a gate is open, P(z ≠ 0) = σ(α − log(−l / r)).
+
+    >>> open_probability(torch.zeros(2))                                # l = −r here, so α = 0 is as good as a coin
+    tensor([0.5000, 0.5000])
+
+    Shapes: (…) → (…). Source: Louizos et al. 2018, arXiv:1712.01312, eq. 12.
+    """
     return (alpha - math.log(-LEFT / RIGHT)).sigmoid()
 
 
@@ -48,14 +61,19 @@ class DiffPruning:
         method.attach(model);                 pefttutor.fit(model, …)      # w and the gates
         method.project(model, fraction=0.005); pefttutor.fit(model, …)     # the largest |z ⊙ w| alone
 
+    >>> model = DiffPruning(structured=False).attach(nn.Linear(3, 2))
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['weight_delta', 'weight_alpha', 'bias_delta', 'bias_alpha']
+
     l0_weight: λ of the penalty λ · E‖z‖₀.
-    alpha_init: start of α; 5 opens nearly all gates. alpha_lr: its learning rate, larger than that of w.
-    structured: another gate for each tensor as a whole, multiplied with those of its entries.
+    alpha_init: where α starts; 5 opens nearly all gates. alpha_lr: the learning rate of α, larger than that of w.
+    structured: whether each tensor also has a gate as a whole, which is multiplied with those of its entries.
     modules_to_save: modules that train fully, without gates, such as a new head ("classifier").
 
-    In training each call of a layer draws gates anew: a tied weight has other ones at each of its uses.
+    In training each call of a layer draws gates anew, so a tied weight has other gates at each of its uses.
 
-    Cost: three values a weight (θ₀, w, α), twice AdamW's state of full fine-tuning.
+    Shapes: w and α have the shape of their weight; a tensor's own gate is one value.
+    Cost: three values are held for each weight (θ₀, w, α), and twice AdamW's state of full fine-tuning.
     Raises: ValueError for settings that make no sense.
     Source: Guo et al. 2021, arXiv:2012.07463, eq. 2 to 6; chapter 4.3.2 cites it as learned selection.
     """
@@ -96,21 +114,21 @@ class DiffPruning:
         return model
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """λ · E‖z‖₀; 0 after `project`."""
+        """What is added to the loss, λ · E‖z‖₀; it is 0 after `project`."""
         parts = [part.make.open(part.owners[0][0]).sum() for a in self._mine(model) for part in _gated(a)]
         return self.l0_weight * sum(parts, torch.zeros((), requires_grad=True))
 
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for the gates; they don't decay."""
+        """AdamW with a learning rate of its own for the gates, which don't decay."""
         gates = [
             part.owners[0][0].get_parameter(key)
             for attachment in self._mine(model)
             for part in _gated(attachment)
             for key in part.added_keys[1:]
         ]
-        ours = {id(gate) for gate in gates}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-        optimizer = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)
+        gate_ids = {id(gate) for gate in gates}
+        differences = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]
+        optimizer = torch.optim.AdamW(differences, lr=lr, weight_decay=weight_decay)
         if gates:
             optimizer.add_param_group({"params": gates, "lr": self.alpha_lr, "weight_decay": 0.0})
         return optimizer
@@ -118,7 +136,8 @@ class DiffPruning:
     def project(self, model: nn.Module, *, fraction: float = 0.005, name: str | None = None) -> nn.Module:
         """Keep the largest |z ⊙ w|, drop the gates, and let the kept entries alone train on.
 
-        z is each gate's usual value, in whatever mode the model is. `name`: which DiffPruning, where there are several.
+        z is each gate's usual value, in whatever mode the model is. `name` says which DiffPruning is meant, where there
+        are several.
 
         Raises: ValueError for a fraction outside (0, 1]; RuntimeError if no gates are attached.
         """
@@ -140,7 +159,7 @@ class DiffPruning:
 
 
 def _gated(attachment: Attachment) -> list[Any]:
-    """The parts with gates; none after `project`."""
+    """The parts of an attachment that have gates; after `project` there are none."""
     return [p for p in attachment.parts if isinstance(p, Shadowed) and isinstance(p.make, Shifted)]
 
 
@@ -157,7 +176,7 @@ class Shifted:
         return weight + self.change(layer, random=layer.training).to(weight.dtype)
 
     def change(self, layer: nn.Module, *, random: bool = False) -> Tensor:
-        """z ⊙ w: with random gates, or with their usual values."""
+        """The gated difference z ⊙ w, with random gates or with their usual values."""
 
         def opened(alpha: Tensor) -> Tensor:
             u = torch.rand_like(alpha).clamp(1e-4, 1 - 1e-4) if random else None
@@ -171,8 +190,6 @@ class Shifted:
     def open(self, layer: nn.Module) -> Tensor:
         """The probability of each entry to have an open gate."""
         probability = open_probability(layer.get_parameter(self.alpha))
-        return (
-            probability * open_probability(layer.get_parameter(self.group))
-            if self.structured
-            else probability
-        )
+        if self.structured:
+            probability = probability * open_probability(layer.get_parameter(self.group))
+        return probability

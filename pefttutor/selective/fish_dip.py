@@ -27,12 +27,19 @@ class FishDip:
             pefttutor.fit(model, examples, steps=100)       # the authors' interval
             method.refresh(model, examples)
 
+    >>> examples = [{"x": Tensor([9.0, 0.0])}, *({"x": Tensor([0.0, 1.0])} for _ in range(3))]   # one easy, three hard
+    >>> model, log_likelihood = nn.Linear(2, 1, bias=False), lambda model, batch: model(batch["x"]).sum(1)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> FishDip(fraction=0.5).masks(model, examples, log_likelihood=log_likelihood)         # the three choose
+    {'weight': tensor([[False,  True]])}
+
     fraction: share of the entries, over all tensors but `modules_to_save`, that train at a time.
-    hardest, share: how many examples with the largest loss choose: min(hardest, share · n), but at least 3.
+    hardest, share: how many of the n examples choose, those with the largest loss: min(hardest, share · n), but at
+        least 3.
     modules_to_save: modules that train fully and are saved along, such as a new head.
 
-    What was trained before a refresh stays as it became. Each `fit` starts with a fresh optimizer. Saved is the
-    last choice alone, so save the whole model if it was refreshed.
+    What was trained before a refresh stays as it became. Each `fit` starts with a fresh optimizer. Only the last
+    choice is saved, so save the whole model if it was refreshed.
 
     Cost: a refresh costs a forward pass over all examples and the Fisher information on the hardest.
     Raises: ValueError for a fraction outside (0, 1].
@@ -56,17 +63,17 @@ class FishDip:
     ) -> nn.Module:
         """Choose entries by the hardest `examples`, freeze the others, and return `model`.
 
-        `how`: see `fisher_information`. Raises: ValueError if the name is in use, or without examples or labels.
+        `how`: see `fisher_information`. Raises: ValueError if the name is in use, or there are no examples or labels.
         """
         return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
 
     def refresh(
         self, model: nn.Module, examples: Sequence[Any], *, name: str | None = None, **how: Any
     ) -> nn.Module:
-        """Choose again, for the model as it is now. `name`: which FishDip, where there are several.
+        """Choose again, for the model as it is now. `name` says which FishDip is meant, where there are several.
 
-        Raises: RuntimeError if no FishDip is attached; ValueError without examples or labels, FloatingPointError if
-            a loss or gradient isn't finite: then the choice stays as it was.
+        Raises: RuntimeError if no FishDip is attached; ValueError without examples or labels; FloatingPointError if
+            a loss or gradient isn't finite. The choice then stays as it was.
         """
         mine = [
             a for a in attached(model).values() if isinstance(a.method, FishDip) and name in (None, a.name)

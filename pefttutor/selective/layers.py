@@ -21,12 +21,17 @@ __all__ = ["LastLayers"]
 class LastLayers:
     """Freeze the embeddings and the first blocks; train the last ⌈fraction · L⌉ of L blocks.
 
+    >>> model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(8))})
+    >>> LastLayers(fraction=0.25).count(model)                          # the last 2 of 8 blocks, 6 values in each
+    12
+
     fraction: a quarter is what Lee et al. report to reach 90 % of full fine-tuning's gain on BERT and RoBERTa.
     modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
 
     Nothing below the first trained block needs a backward pass, nor even a second forward pass: see `CachedPrefix`.
 
-    Cost: trains about fraction of the blocks' values; forward in full, backward in the last blocks only.
+    Cost: it trains about that fraction of the blocks' values; the forward pass runs in full, the backward pass in the
+        last blocks only.
     Raises: ValueError for a fraction outside (0, 1] or a model without a list of blocks.
     Source: Lee et al. 2019, arXiv:1911.03090; chapter 4.3.1.
     """
@@ -46,12 +51,12 @@ class LastLayers:
         return model
 
     def count(self, model: nn.Module) -> int:
-        """How many values of blocks train, without `modules_to_save`."""
+        """How many values of the blocks train, without `modules_to_save`."""
         names = self._names(model)
         return sum(p.numel() for name, p in model.named_parameters() if name in names)
 
     def _names(self, model: nn.Module) -> list[str]:
-        name, stack = blocks(model)
-        first = len(stack) - math.ceil(exact_share(self.fraction, len(stack)))
-        last = [f"{name}.{i}." for i in range(first, len(stack))]
-        return [n for n, _ in model.named_parameters() if any(n.startswith(start) for start in last)]
+        path, layers = blocks(model)
+        first = len(layers) - math.ceil(exact_share(self.fraction, len(layers)))
+        last = tuple(f"{path}.{i}." for i in range(first, len(layers)))
+        return [name for name, _ in model.named_parameters() if name.startswith(last)]

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attached, attaching
 from pefttutor.parts.attachment import added_key
+from pefttutor.parts.called import check_called
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.modules import find_modules
 from pefttutor.parts.settings import check_fraction, check_names, check_number, check_whole
-from pefttutor.parts.shadow import Shadowed, check_called
+from pefttutor.parts.shadow import Shadowed
 
 __all__ = ["Masking", "packed_masks"]
 
@@ -31,14 +32,19 @@ LOW = -0.02  # the lowest score at the start
 class Masking:
     """Learn a binary mask over frozen weights, by real scores and a straight-through gradient.
 
-    target_modules: whose weights are masked: names, their last parts, or a regular expression.
-    init_sparsity: share of the weights that start at 0. Scores start in U(−0.02, b) with b so that this share is
-        below the threshold.
-    threshold: τ.
-    modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
-    init_seed: of the scores.
+    >>> model = Masking(target_modules=("0",)).attach(nn.Sequential(nn.Linear(3, 2)))
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.weight_scores']
 
-    Cost: trains as many scores as there are weights; the result is 1 bit a weight (`packed_masks`).
+    target_modules: the modules whose weights are masked: names, their last parts, or a regular expression.
+    init_sparsity: share of the weights that start at 0. Scores are drawn from U(−0.02, b), with b so that this share
+        is below the threshold.
+    threshold: τ, above which a score keeps its weight.
+    modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
+    init_seed: fixes the scores, whatever the device.
+
+    Shapes: the scores S have the shape of their weight.
+    Cost: it trains as many scores as there are weights; the result is 1 bit a weight (`packed_masks`).
     Raises: ValueError for an init_sparsity outside (0, 1] or targets that don't exist, have no weight, or train fully.
     Source: Zhao et al. 2020, arXiv:2004.12406, eq. 3 and 4; chapter 4.3.2.
     """
@@ -81,9 +87,10 @@ class Masking:
         for path, layer in find_modules(model, self.target_modules).items():
             weight = getattr(layer, "weight", None)
             if not isinstance(weight, Tensor):
+                inside = [p for child in layer.children() for p in child.parameters()]
                 raise ValueError(
                     f"target_modules: {path!r} is a {type(layer).__name__}, without a weight of its own; "
-                    "name the layers inside it."
+                    f"{'name the layers inside it' if inside else 'Masking needs one called weight'}."
                 )
             if id(weight) not in names:
                 raise ValueError(
@@ -104,9 +111,13 @@ class Masking:
 def packed_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks at 1 bit a weight, by the name of the weight: all that has to be stored.
 
+    >>> model = Masking(target_modules=("0",)).attach(nn.Sequential(nn.Linear(5, 4)))
+    >>> packed_masks(model)["0.weight"].shape                           # 20 weights in 3 bytes
+    torch.Size([3])
+
     Shapes: → (⌈n / 8⌉) uint8, the first weight in the lowest bit.
     """
-    found = {}
+    packed = {}
     for attachment in attached(model).values():
         for part in attachment.parts:
             if isinstance(part, Shadowed) and isinstance(part.make, Masked):
@@ -114,8 +125,8 @@ def packed_masks(model: nn.Module) -> dict[str, Tensor]:
                 bits = (scores > part.make.threshold).flatten()
                 bits = nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
                 powers = torch.arange(8, dtype=torch.uint8, device=bits.device)
-                found[part.weight_name] = (bits << powers).sum(1, dtype=torch.uint8)
-    return found
+                packed[part.weight_name] = (bits << powers).sum(1, dtype=torch.uint8)
+    return packed
 
 
 @dataclass(frozen=True)

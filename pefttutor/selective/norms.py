@@ -21,10 +21,14 @@ __all__ = ["LayerNormTuning"]
 class LayerNormTuning:
     """Train γ and β of every LayerNorm and γ of every RMSNorm.
 
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.RMSNorm(4))
+    >>> LayerNormTuning().count(model)                                  # γ and β, then γ
+    12
+
     modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
 
-    Cost: 2·d values a LayerNorm, d an RMSNorm (`count`). γ can be folded into the linear layer that follows:
-        W ← W · diag(γ).
+    Cost: it trains 2·d values for each LayerNorm and d for each RMSNorm (`count`). γ can be folded into the linear
+        layer that follows: W ← W · diag(γ).
     Raises: ValueError on a model without normalisations.
     Source: Zhao et al. 2023, arXiv:2312.11420.
     """
@@ -47,19 +51,22 @@ class LayerNormTuning:
         return sum(sizes[name] for name in self._norms(model))
 
     def _norms(self, model: nn.Module) -> list[str]:
-        norms = {
-            id(p) for layer in model.modules() if _is_norm(layer) for p in layer.parameters(recurse=False)
-        }
+        layers = [layer for layer in model.modules() if _is_norm(layer)]
+        norms = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         base = set(whole(model))
         names = [name for name, p in model.named_parameters() if id(p) in norms and name in base]
         if not names:
             kinds = sorted({type(layer).__name__ for layer in model.modules()})
-            raise ValueError(f"LayerNormTuning: no LayerNorm or RMSNorm among {', '.join(kinds)}.")
+            raise ValueError(
+                f"LayerNormTuning: no normalisation with weights of its own among {', '.join(kinds)}."
+            )
         return names
 
 
 def _is_norm(layer: nn.Module) -> bool:
     """Whether it scales and shifts each token's features by vectors, whatever its author calls it (gated, NoNorm)."""
-    own = [p for p in layer._parameters.values() if p is not None]
+    vectors = [p for p in layer._parameters.values() if p is not None]
     named = "norm" in type(layer).__name__.lower() and not any(layer.children())
-    return named and bool(own) and all(p.dim() == 1 for p in own) and "running_mean" not in layer._buffers
+    if not named or not vectors or "running_mean" in layer._buffers:
+        return False
+    return all(p.dim() == 1 for p in vectors)

@@ -22,10 +22,15 @@ __all__ = ["PaFi"]
 class PaFi:
     """Train the smallest entries by absolute value, over all tensors but the embeddings.
 
-    fraction: share of those tensors' n entries that train; the count ⌊fraction · n⌋ is exact (at least 1).
-    modules_to_save: modules that train fully and are saved along, such as a new head; not in n.
+    >>> layer = nn.Linear(4, 1, bias=False)
+    >>> layer.weight.data = Tensor([[3.0, -0.1, -2.0, 0.5]])
+    >>> PaFi(fraction=0.5).masks(layer)
+    {'weight': tensor([[False,  True, False,  True]])}
 
-    Cost: one pass over the weights to choose; training as in `SparseFineTuning`.
+    fraction: share of those tensors' n entries that train; the count ⌊fraction · n⌋ is exact (at least 1).
+    modules_to_save: modules that train fully and are saved along, such as a new head; n doesn't count them.
+
+    Cost: choosing takes one pass over the weights; training costs what it does in `SparseFineTuning`.
     Raises: ValueError for a fraction outside (0, 1].
     Source: Liao et al. 2023, arXiv:2305.16742; chapter 4.3.1 ("PaFi").
     """

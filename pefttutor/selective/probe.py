@@ -18,10 +18,15 @@ __all__ = ["LinearProbe"]
 class LinearProbe:
     """Train the head alone: what can be read off the frozen features by a linear map.
 
-    modules_to_save: the head: "score" or "classifier" in a classifier of transformers.
+    >>> model = nn.ModuleDict({"body": nn.Linear(6, 4), "classifier": nn.Linear(4, 2)})
+    >>> [name for name, parameter in LinearProbe().attach(model).named_parameters() if parameter.requires_grad]
+    ['classifier.weight', 'classifier.bias']
 
-    Cost: classes · (d + 1) values; no backward pass below the head. Merging: nothing to merge.
-    Raises: ValueError without a head.
+    modules_to_save: the head, which is called "score" or "classifier" in a classifier of transformers.
+
+    Shapes: features (…, d) → scores (…, classes).
+    Cost: it trains classes · (d + 1) values, without a backward pass below the head. There is nothing to merge.
+    Raises: ValueError for a model without such a head.
     Source: the survey's linear probe; Alain & Bengio 2016, arXiv:1610.01644.
     """
 
@@ -29,6 +34,10 @@ class LinearProbe:
 
     def __post_init__(self) -> None:
         check_names(self, "modules_to_save")
+        if not self.modules_to_save:
+            raise ValueError(
+                "modules_to_save is empty; name the head, such as ('classifier',) or ('score',)."
+            )
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model` but for its head and return it. Raises: ValueError if the name is in use."""

@@ -26,6 +26,9 @@ __all__ = ["SecondOrderMask", "second_order_scores"]
 def second_order_scores(gradient: Tensor, curvature: Tensor | None = None) -> Tensor:
     """g² / h, twice what the loss falls by if an entry alone goes to its best value; without h, g².
 
+    >>> second_order_scores(Tensor([2.0, 2.0]), Tensor([1.0, 4.0]))         # where the loss is steep, less is gained
+    tensor([4., 1.])
+
     Shapes: gradient, curvature (…) → (…). Raises: ValueError if a curvature isn't positive.
     """
     if curvature is None:
@@ -43,13 +46,19 @@ class SecondOrderMask:
 
     FISH takes Σ_s g_s²: an entry on whose direction the examples disagree scores high there and low here.
 
+    >>> examples = [{"x": Tensor([3.0, 1.0])}, {"x": Tensor([-3.0, 1.0])}]      # (Σ g)² is 0 and 4
+    >>> log_likelihood = lambda model, batch: model(batch["x"]).sum(1)
+    >>> SecondOrderMask(fraction=0.5).masks(nn.Linear(2, 1, bias=False), examples, log_likelihood=log_likelihood)
+    {'weight': tensor([[False,  True]])}
+
     fraction: share of the entries that train.
     damping: None sets h to 1 for all entries, as the authors' code does; a number takes h = Fisher information +
         damping · its mean, where the Fisher information stands for the Hessian's diagonal.
-    per_tensor: the same share in each tensor, as the authors' code does; False ranks all entries together.
-    modules_to_save: modules that train fully and are saved along, such as a new head; they take no part.
+    per_tensor: True takes the same share in each tensor, as the authors' code does; False ranks all entries together.
+    modules_to_save: modules that train fully and are saved along, such as a new head; they take no part in the choice.
 
-    Cost: choosing costs a backward pass over the examples (and the Fisher information, if damped).
+    Cost: choosing costs a backward pass over the examples (and the Fisher information, if damped); training costs what
+        it does in `SparseFineTuning`.
     Raises: ValueError for a fraction outside (0, 1] or a damping ≤ 0.
     Source: Fu et al. 2023, arXiv:2211.15583, theorem 2; chapter 4.3.2 ("SAM").
     """
@@ -70,7 +79,7 @@ class SecondOrderMask:
     ) -> nn.Module:
         """Choose entries by `examples`, freeze the others, and return `model`. `how`: see `fisher_information`.
 
-        Raises: ValueError if the name is in use, or without examples.
+        Raises: ValueError if the name is in use, or there are no examples.
         """
         return train_entries(model, self, self.masks(model, examples, **how), self.modules_to_save, name=name)
 
@@ -81,8 +90,8 @@ class SecondOrderMask:
             scores = self._scores(model, check_examples(self, examples, labels=not how), scores, **how)
         if not self.per_tensor:
             return largest_share(scores, self.fraction)
-        parts = [largest_share({n: s}, self.fraction) for n, s in scores.items()]
-        return {name: mask for part in parts for name, mask in part.items()}
+        by_tensor = [largest_share({name: score}, self.fraction) for name, score in scores.items()]
+        return {name: mask for masks in by_tensor for name, mask in masks.items()}
 
     def _scores(
         self, model: nn.Module, examples: Sequence[Any], names: Iterable[str], **how: Any

@@ -21,6 +21,10 @@ __all__ = ["SparseFineTuning"]
 class SparseFineTuning:
     """Train the entries where a mask is true; the others stay as they are, bit for bit.
 
+    >>> model = SparseFineTuning().attach(nn.Linear(3, 2), {"weight": Tensor([[1, 0, 0], [0, 1, 0]]).bool()})
+    >>> [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    [('weight_values', 2)]
+
     modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
 
     Gradients, optimizer state, the clipped norm and the saved file have k values each. Weight decay, where there is
@@ -40,10 +44,10 @@ class SparseFineTuning:
     ) -> nn.Module:
         """Freeze `model` but for the entries of `masks` and return it.
 
-        masks: by the name of a parameter, booleans of its shape (or the flat places of its entries, as int64: whole
-            numbers are always places, so a mask of 0 and 1 is written mask.bool()).
-        Raises: ValueError if the name is in use, without masks, for a mask of another shape or
-            model, or one in which nothing is chosen.
+        masks: by the name of a parameter, booleans of its shape, or the flat places of its entries as int64. Whole
+            numbers are always taken for places, so a mask of 0 and 1 is written mask.bool().
+        Raises: ValueError if the name is in use, without masks, for a mask of another shape or model, or for masks in
+            which nothing is chosen.
         """
         if masks is None:
             raise ValueError("SparseFineTuning needs masks: attach(model, {'layer.weight': booleans, …})")

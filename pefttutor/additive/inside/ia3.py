@@ -41,7 +41,7 @@ class IA3:
     into b, or into columns of W. The bias of a layer is scaled with its output.
 
     Shapes: l (out), or (in) of a feed-forward module.
-    Cost: trains out (or in) values a layer (`count`); one product a feature, none once merged.
+    Cost: it trains out (or in) values a layer (`count`) and takes one product more a feature, none once merged.
     Raises: ValueError for a name that finds nothing, or a feed-forward module that is no target.
     Source: Liu et al. 2022, arXiv:2205.05638, section 3.3.
     """
@@ -56,7 +56,7 @@ class IA3:
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, give its targets their scales, and return it.
 
-        Raises: ValueError if the name is in use or a module can't be scaled. Nothing has been changed then.
+        Raises: ValueError if the name is in use or a module can't be scaled. The model is then as it was.
         """
         with attaching(model, self, name) as new:
             for path, (layer, on_input) in self._targets(model).items():
@@ -72,24 +72,22 @@ class IA3:
         return scales + sum(model.get_parameter(name).numel() for name in fully)
 
     def _targets(self, model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
-        """By name: the layer, and whether its input is scaled."""
+        """The target layers by name, each with whether its input is scaled."""
         targets = linear_targets(model, self.target_modules, self.modules_to_save)
-        fed = (
-            find_modules(model, self.feedforward_modules, field="feedforward_modules")
-            if self.feedforward_modules
-            else {}
-        )
-        outside = [name for name in fed if name not in targets]
+        scaled_on_input: dict[str, nn.Module] = {}
+        if self.feedforward_modules:
+            scaled_on_input = find_modules(model, self.feedforward_modules, field="feedforward_modules")
+        outside = [name for name in scaled_on_input if name not in targets]
         if outside:
             raise ValueError(
                 f"feedforward_modules: {outside[0]!r} is none of target_modules {self.target_modules!r}: "
                 "name it in both."
             )
-        return {name: (layer, name in fed) for name, layer in targets.items()}
+        return {name: (layer, name in scaled_on_input) for name, layer in targets.items()}
 
 
 class Scaled(LayerChange):
-    """y = l ⊙ f(x), or y = f(l ⊙ x)."""
+    """A layer f whose output or input is scaled: y = l ⊙ f(x), or y = f(l ⊙ x)."""
 
     def __init__(self, path: str, layer: nn.Module, name: str, *, on_input: bool) -> None:
         self.on_input, self.key = on_input, added_key("ia3_l", name)
@@ -103,7 +101,7 @@ class Scaled(LayerChange):
 
     @property
     def scale(self) -> Tensor:
-        """l (in) or (out)."""
+        """The scales l. Shapes: (in) or (out)."""
         return self.layer.get_parameter(self.key)
 
     def describe(self) -> str:
@@ -122,7 +120,7 @@ class Scaled(LayerChange):
         return weight * scale.unsqueeze(1), None if bias is None else bias * scale
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """Kept is what the scale is multiplied with; and x for the layer's own weight only where that trains."""
+        """The tape keeps what the scale is multiplied with; the layer's own weight is frozen and keeps nothing."""
         if layer is not self.layer:
             return None
         tape.save(x if self.on_input else x.like(width=sizes(layer)[1]), kind)

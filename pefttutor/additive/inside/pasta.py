@@ -18,7 +18,7 @@ from pefttutor.parts.attachment import added_key
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.settings import check_names, check_whole
-from pefttutor.parts.streams import Hooked, body, hidden_size, hidden_states, seen_before
+from pefttutor.parts.streams import CACHES, Hooked, hidden_states, reader, seen_before, token_ids
 
 __all__ = ["PASTA"]
 
@@ -29,16 +29,24 @@ KEY = "special"
 class PASTA:
     """Train one vector a block for each of a text's special tokens, such as [CLS] and [SEP].
 
+    >>> model = nn.ModuleDict({"tokens": nn.Embedding(9, 4), "blocks": nn.ModuleList([nn.Linear(4, 4)] * 3)})
+    >>> model.get_input_embeddings = lambda: model["tokens"]
+    >>> model.forward = lambda input_ids: model["blocks"][0](model["tokens"](input_ids))
+    >>> PASTA(special_token_ids=(7, 8)).count(model)                # 3 blocks · d = 4 · 2 special tokens
+    24
+
     special_token_ids: which tokens are special.
     num_special: how many of them in a text have a vector: 2 for one sentence, 3 for a pair.
     modules_to_save: modules that train fully and are saved along, such as a new head ("classifier").
 
-    The vectors start at 0, so the model starts as it was. The survey counts PASTA among selective methods; its
+    The vectors start at 0, so the model starts as it was. They are counted from the start of a text, so a cache of
+    keys and values must have been filled with the adapted model. The survey counts PASTA among selective methods; its
     authors count it as an addition, which it is.
 
-    Cost: trains L · d · num_special values (`count`).
-    Raises: ValueError without special tokens, or for a model without a list of blocks or one that doesn't read one
-        text, as an encoder-decoder or a ViT.
+    Shapes: v (num_special, d) in each of L blocks.
+    Cost: it trains L · d · num_special values (`count`).
+    Raises: ValueError without special tokens, for a model without a list of blocks, or for one that doesn't read one
+        text, such as an encoder-decoder or a ViT.
     Source: Yang et al. 2022, arXiv:2211.08682 (Findings of EACL 2023), eq. 1 and 2.
     """
 
@@ -61,39 +69,44 @@ class PASTA:
                 "special_token_ids is empty; expected such as (tokenizer.cls_token_id, tokenizer.sep_token_id)."
             )
         with attaching(model, self, name) as new:
-            table, (path, stack), key = _token_table(model), blocks(model), added_key(KEY, name)
-            zeros = table.new_zeros(self.num_special, hidden_size(model))
+            table, key = _token_table(model), added_key(KEY, name)
+            path, layers = blocks(model)
+            body, width = reader(model)
+            zeros = table.new_zeros(self.num_special, width)
             zeros = zeros.to(torch.promote_types(zeros.dtype, torch.float32))
-            new.add(
-                _Vectors(
-                    (block, f"{path}.{i}", key, nn.Parameter(zeros.clone())) for i, block in enumerate(stack)
-                )
-            )
-            noted = _Numbers(tuple(self.special_token_ids), key)
-            hooks: list[Any] = [(body(model), noted.note), *((block, noted.add) for block in stack)]
-            new.add(Hooked(hooks, after=[(body(model), noted.remember)]))
+            vectors = [nn.Parameter(zeros.clone()) for _ in layers]
+            new.add(_Vectors((layers[i], f"{path}.{i}", key, vector) for i, vector in enumerate(vectors)))
+            numbers = _Numbers(tuple(self.special_token_ids), key)
+            hooks: list[Any] = [(body, numbers.note), *((layer, numbers.add) for layer in layers)]
+            new.add(Hooked(hooks, after=[(body, numbers.remember)]))
             for part in train_fully(model, (), self.modules_to_save):
                 new.add(part)
         return model
 
     def count(self, model: nn.Module) -> int:
-        """L · d · num_special, without `modules_to_save`."""
+        """How many values the vectors hold, L · d · num_special, without `modules_to_save`."""
         _token_table(model)
-        return len(blocks(model)[1]) * hidden_size(model) * self.num_special
+        return len(blocks(model)[1]) * reader(model)[1] * self.num_special
 
 
 def _token_table(model: nn.Module) -> Tensor:
-    """The token embeddings of a model that reads one text. Shapes: → (vocabulary, d)."""
-    get = getattr(model, "get_input_embeddings", None)
-    table = get() if callable(get) else None
+    """The token embeddings of a model that reads one text. Shapes: → (vocabulary, d).
+
+    Raises: ValueError for a model that reads two texts, or none.
+    """
+    kind, reads = type(model).__name__, getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise ValueError(f"PASTA adds to special tokens, and a {kind} has none: it reads {reads}.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"PASTA reads one text, and a {type(model).__name__} has two; take an encoder or a decoder alone."
-        )
+        raise ValueError(f"PASTA reads one text, and a {kind} has two; take an encoder or a decoder alone.")
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        table = None
     if not isinstance(table, nn.Embedding):
         raise ValueError(
-            f"PASTA adds to special tokens, and a {type(model).__name__} has none: its input goes into a "
-            f"{type(table).__name__}, not into token embeddings."
+            f"PASTA adds to special tokens, and a {kind} has none: its input goes into a {type(table).__name__}, not "
+            "into token embeddings."
         )
     return table.weight
 
@@ -105,7 +118,7 @@ class _Vectors(Added):
         return self.on and any(module is block for block, _ in self.places.values())
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """Kept is which vector goes to which token; the block's input requires a gradient from here on."""
+        """The tape keeps which vector goes to which token; the block's input requires a gradient from here on."""
         if not self.covers(layer):
             return None
         tape.save(x.like(width=1, itemsize=8, grad=False), kind)
@@ -122,14 +135,13 @@ class _Numbers:
     special_token_ids: tuple[int, ...]
     key: str
     number: Tensor | None = None  # (batch, seq)
-    before: Tensor | None = field(
-        default=None, repr=False
-    )  # (batch): how many there have been after this call
+    # How many special tokens each text has had after this call.
+    before: Tensor | None = field(default=None, repr=False)  # (batch)
 
     def note(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before the body: find the special tokens of this batch; padding is none."""
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else next(iter(args), None)
-        if not isinstance(ids, Tensor) or ids.is_floating_point():
+        """Before the body runs: find the special tokens of this batch. Padding is no special token."""
+        ids = token_ids(args, kwargs)
+        if ids is None:
             raise ValueError("PASTA finds the special tokens in input_ids; give these, not inputs_embeds.")
         special = torch.isin(ids, torch.tensor(self.special_token_ids, device=ids.device))
         mask = kwargs.get("attention_mask")
@@ -143,28 +155,34 @@ class _Numbers:
 
     def _earlier(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """How many special tokens each text had before this call. Shapes: → (batch)."""
-        cache, length = seen_before(kwargs)
-        if length == 0:
+        cache, filled = seen_before(kwargs)
+        counts = vars(cache).get(f"_pefttutor_{self.key}") if filled is not False else None
+        if counts is None and not filled:
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        noted = vars(cache).get(f"_pefttutor_{self.key}")
-        if noted is None or len(ids) % len(noted):
+        if counts is None or len(ids) % len(counts):
             raise ValueError(
                 "PASTA counts a text's special tokens from its start, and this cache was filled without it: compute "
                 "the text's beginning with the adapted model too."
             )
-        return noted.repeat_interleave(len(ids) // len(noted))  # beams of one text share its beginning
+        return counts.repeat_interleave(len(ids) // len(counts))  # beams of one text share its beginning
 
     def remember(self, model: nn.Module, args: Any, output: Any) -> None:
-        """After the body: a cache that was made in this call knows what it holds."""
-        cache = getattr(output, "past_key_values", None)
-        if hasattr(cache, "get_seq_length"):
+        """After the body has run: write onto a cache that was made in this call what it holds."""
+        cache = next(
+            (c for c in (getattr(output, key, None) for key in CACHES) if hasattr(c, "__dict__")), None
+        )
+        if cache is not None:
             vars(cache)[f"_pefttutor_{self.key}"] = self.before
 
     def add(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Before a block: add the vectors to the hidden states of the special tokens."""
+        """Before a block runs: add the vectors to the hidden states of the special tokens."""
         vectors = block.get_parameter(self.key)
-        assert self.number is not None
+        hidden = hidden_states(args, kwargs)
+        if self.number is None or self.number.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"PASTA's block got hidden states {tuple(hidden.shape)} and doesn't know their tokens: call the model, "
+                "or what turns its tokens into hidden states, not a block alone."
+            )
         table = torch.cat([torch.zeros_like(vectors[:1]), vectors])  # row 0: nothing is added
         added: Tensor = table[self.number * (self.number <= len(vectors))]  # (batch, seq, d)
-        hidden = hidden_states(args, kwargs)
         return hidden_states(args, kwargs, hidden + added.to(hidden.dtype))
