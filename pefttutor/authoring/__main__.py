@@ -14,6 +14,7 @@ from pefttutor.authoring.store import NotStored, run, store
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Carry out one command on every notebook; return 0 if all is well, and 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m pefttutor.authoring", description=__doc__)
     parser.add_argument(
         "command", choices=("store", "run", "lint"), help="store: run and write; run: don't write"
@@ -22,9 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=float, default=300, metavar="S", help="seconds per cell (default: 300)"
     )
-    given = parser.parse_args(arguments)
-    command = {"store": _store, "run": _run, "lint": _lint}[given.command]
-    return 1 if [path for path in given.notebooks if not command(path, given.timeout)] else 0
+    options = parser.parse_args(arguments)
+    command = {"store": _store, "run": _run, "lint": _lint}[options.command]
+    return 1 if [path for path in options.notebooks if not command(path, options.timeout)] else 0
 
 
 def _store(path: Path, timeout_s: float) -> bool:

@@ -27,7 +27,11 @@ _COMMENT = re.compile(r"^\s*#+\s*NBVAL_(\w+)\s*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that a lesson must not have, or lacks: where it is, which rule says so, and what to do."""
+    """One thing that a lesson must not have, or lacks: where it is, which rule says so, and what to do.
+
+    >>> print(Problem("12_lora.ipynb", cell="stub", rule="empty-cell", what="the code cell is empty; remove it"))
+    12_lora.ipynb [stub] empty-cell: the code cell is empty; remove it
+    """
 
     file: str
     cell: str
@@ -39,11 +43,15 @@ class Problem:
 
 
 class NotANotebook(ValueError):
-    """The file can't be read as a notebook."""
+    """The file can't be read as a notebook (see `Document`)."""
 
 
 class Document:
     """A notebook file, with the questions that the rules ask.
+
+    >>> Document("x.ipynb")
+    Traceback (most recent call last):
+    pefttutor.authoring.document.NotANotebook: x.ipynb can't be read: [Errno 2] No such file or directory: 'x.ipynb'
 
     Raises: NotANotebook when the file is missing, isn't JSON, or has no cells.
     """
@@ -80,51 +88,84 @@ class Document:
     @cached_property
     def headings(self) -> list[tuple[Any, int, str]]:
         """(cell, level, text) of every heading in order; lines inside code fences are none."""
-        found = []
+        headings = []
         for cell in self.markdown:
             for line in without_fences(cell.source).splitlines():
                 match = re.match(r"(#{1,6})\s+(.*)", line)
                 if match:
-                    found.append((cell, len(match[1]), match[2].strip()))
-        return found
+                    headings.append((cell, len(match[1]), match[2].strip()))
+        return headings
 
     def problem(self, cell: Any, rule: str, what: str) -> Problem:
-        return Problem(
-            self.path.name, cell if isinstance(cell, str) else name_of(cell, self.cells), rule, what
-        )
+        """A problem in a cell, or in "file" as a whole."""
+        place = cell if isinstance(cell, str) else name_of(cell, self.cells)
+        return Problem(self.path.name, place, rule, what)
 
 
 def joined(cell: Any) -> Any:
-    """The cell with its source as one string (the file keeps it as a list of lines)."""
+    """The cell with its source as one string (the file keeps it as a list of lines).
+
+    >>> joined({"source": ["x = 1; ", "y = 2"]})
+    {'source': 'x = 1; y = 2'}
+    """
     source = cell.get("source", "")
     cell["source"] = source if isinstance(source, str) else "".join(source)
     return cell
 
 
 def name_of(cell: Any, cells: list[Any]) -> str:
+    """What a cell is called in messages: its id, or its place among the cells.
+
+    >>> name_of({"id": "stub"}, []), name_of({}, [{}])
+    ('stub', 'cell 0')
+    """
     return cell.get("id") or f"cell {cells.index(cell)}"
 
 
 def without_fences(markdown: str) -> str:
+    r"""A text without its fenced blocks of code.
+
+    >>> without_fences("text\n~~~\n# a comment, not a heading\n~~~")
+    'text\n'
+    """
     return re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.DOTALL | re.MULTILINE)
 
 
 def marks(cell: Any) -> set[str]:
-    """nbval's marks on a cell, from tags and comments, as tags: {"nbval-ignore-output", "raises-exception", …}."""
+    """nbval's marks on a cell, from tags and comments, as tags: {"nbval-ignore-output", "raises-exception", …}.
+
+    >>> cell = nbformat.v4.new_code_cell("# NBVAL_IGNORE_OUTPUT", metadata={"tags": ["raises-exception"]})
+    >>> sorted(marks(cell))
+    ['nbval-ignore-output', 'raises-exception']
+    """
     comments = {f"nbval-{word.lower().replace('_', '-')}" for word in _COMMENT.findall(cell.source)}
     return set(cell.metadata.get("tags", [])) | comments
 
 
 def may_raise(cell: Any) -> bool:
+    """Whether the cell is meant to raise.
+
+    >>> may_raise(nbformat.v4.new_code_cell("1 / 0", metadata={"tags": ["raises-exception"]}))
+    True
+    """
     return "raises-exception" in marks(cell)  # the one tag that nbclient, nbconvert and nbval all know
 
 
 def compared(cell: Any) -> bool:
+    """Whether nbval compares what the cell shows.
+
+    >>> compared(nbformat.v4.new_code_cell("f()")), compared(nbformat.v4.new_code_cell("# NBVAL_IGNORE_OUTPUT"))
+    (True, False)
+    """
     return not marks(cell) & {"nbval-ignore-output", "nbval-skip"}
 
 
 def texts(output: Any) -> Iterator[str]:
-    """Every piece of text that an output shows to a reader."""
+    """Every piece of text that an output shows to a reader.
+
+    >>> list(texts(nbformat.v4.new_output("stream", text="loss 0.3")))
+    ['loss 0.3']
+    """
     if output.output_type == "stream":
         yield _text(output.get("text", ""))
     elif output.output_type == "error":
@@ -142,6 +183,10 @@ def _text(value: Any) -> str:
 
 
 def canonical(notebook: Any) -> str:
-    """The one text form of a notebook: keys sorted, one blank of indentation, characters as they are, a newline."""
+    """The one text form of a notebook: keys sorted, one blank of indentation, characters as they are, a newline.
+
+    >>> canonical(nbformat.v4.new_notebook()).splitlines()
+    ['{', ' "cells": [],', ' "metadata": {},', ' "nbformat": 4,', ' "nbformat_minor": 5', '}']
+    """
     split = nbformat.v4.rwbase.split_lines(nbformat.from_dict(json.loads(json.dumps(notebook))))
     return json.dumps(split, indent=1, sort_keys=True, ensure_ascii=False, separators=(",", ": ")) + "\n"

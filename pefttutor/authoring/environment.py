@@ -24,7 +24,11 @@ ENVIRONMENT = {
 
 
 def kernel_environment(*, real: bool = False) -> dict[str, str]:
-    """This process's environment with ours on top; `real` asks for a lesson's section on real models."""
+    """This process's environment with ours on top; `real` asks for a lesson's section on real models.
+
+    >>> kernel_environment()["OMP_NUM_THREADS"], kernel_environment(real=True)["PEFTTUTOR_REAL"]
+    ('1', '1')
+    """
     environment = {**os.environ, **ENVIRONMENT}
     # The kernel imports the package that this tool belongs to, installed or not; its folder is the notebook's.
     here = str(Path(__file__).resolve().parents[2])

@@ -114,8 +114,8 @@ def _shown_wrong(output: Any, cell: Any) -> Iterator[tuple[str, str]]:
 
 
 def _alt(output: Any, cell: Any) -> bool:
-    own = [output.get("metadata", {}).get(kind, {}).get("alt", "") for kind in PICTURES]
-    return any(len(alt.split()) >= 4 for alt in [*own, cell.metadata.get("alt", "")])
+    of_output = [output.get("metadata", {}).get(kind, {}).get("alt", "") for kind in PICTURES]
+    return any(len(alt.split()) >= 4 for alt in [*of_output, cell.metadata.get("alt", "")])
 
 
 def comparable(document: Document) -> Iterator[Problem]:

@@ -11,7 +11,11 @@ RULES = (*form.RULES, *lesson.RULES, *practice.RULES)
 
 
 def lint(path: Path | str) -> list[Problem]:
-    """Everything that keeps a notebook from being a lesson of the series; an empty list when nothing does."""
+    """Everything that keeps a notebook from being a lesson of the series; an empty list when nothing does.
+
+    >>> print(*lint("x.ipynb"))
+    x.ipynb [file] notebook: x.ipynb can't be read: [Errno 2] No such file or directory: 'x.ipynb'
+    """
     try:
         document = Document(path)
     except NotANotebook as error:

@@ -23,14 +23,12 @@ def exercises(document: Document) -> Iterator[Problem]:
     """Two to four exercises, numbered 1…n, each with its stub right before its check and its hints right after."""
     if document.number is None:
         return
-    found = [
-        (i, cell, _CHECK.search(cell.source)) for i, cell in enumerate(document.cells) if _is_check(cell)
-    ]
-    if len(found) not in EXERCISES:
-        what = f"{len(found)} exercise checks, expected {EXERCISES.start} to {EXERCISES.stop - 1}"
+    checks = [(i, cell) for i, cell in enumerate(document.cells) if _is_check(cell)]
+    if len(checks) not in EXERCISES:
+        what = f"{len(checks)} exercise checks, expected {EXERCISES.start} to {EXERCISES.stop - 1}"
         yield document.problem("file", "exercises", what)
-    for nth, (i, cell, match) in enumerate(found, start=1):
-        number = f"{document.number:02}.{nth}"
+    for nth, (i, cell) in enumerate(checks, start=1):
+        match, number = _CHECK.search(cell.source), f"{document.number:02}.{nth}"
         if (
             match is None
             or (match["lesson"], match["nth"]) != (number[:2], number[3:])

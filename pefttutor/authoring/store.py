@@ -23,14 +23,23 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class NotStored(RuntimeError):
-    """The notebook did not run, or showed what must not be stored; its file is as it was."""
+    """The notebook did not run, or showed what must not be stored; its file is as it was.
+
+    >>> warning = nbformat.v4.new_output("stream", name="stderr", text="a warning")
+    >>> notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("f()", id="call", outputs=[warning])])
+    >>> cleaned(notebook, "12_lora.ipynb")
+    Traceback (most recent call last):
+    pefttutor.authoring.store.NotStored: 12_lora.ipynb [call] wrote to stderr: 'a warning'; silence its cause
+    """
 
 
 def store(path: Path | str, *, timeout_s: float = 300) -> bool:
     """Run the notebook and write what it showed; False when the file already said exactly that.
 
+        store("notebooks/12_lora.ipynb")
+
     Raises: NotStored when a cell raises without the tag `raises-exception`, is too slow, kills the kernel, writes to
-    stderr, or shows a widget without its picture.
+        stderr, or shows a widget without its picture; NotANotebook when the file can't be read.
     """
     path = Path(path)
     before = Document(path).text
@@ -44,7 +53,12 @@ def store(path: Path | str, *, timeout_s: float = 300) -> bool:
 def run(path: Path | str, *, real: bool = False, timeout_s: float = 300) -> Any:
     """Run the notebook in a fresh kernel, in its own folder, and return it with its outputs; nothing is written.
 
+        run("notebooks/12_lora.ipynb").cells[3].outputs
+
     real: ask for the section on real models (PEFTTUTOR_REAL=1), which takes minutes.
+
+    Raises: NotStored when a cell raises without the tag `raises-exception`, is too slow, or kills the kernel;
+        NotANotebook when the file can't be read.
     """
     path = Path(path).resolve()
     notebook = prepared(Document(path))
@@ -90,22 +104,29 @@ def prepared(document: Document) -> Any:
 
 def _free_id(cell: Any, taken: set[str]) -> str:
     """The cell's own id where it has a good one; else text-1, code-2, …"""
-    own = cell.get("id") or ""
-    if _ID.fullmatch(own) and own not in taken:
-        return own
+    cell_id = cell.get("id") or ""
+    if _ID.fullmatch(cell_id) and cell_id not in taken:
+        return cell_id
     stem = "code" if cell.cell_type == "code" else "text"
     return next(f"{stem}-{n}" for n in range(1, 10_000) if f"{stem}-{n}" not in taken)
 
 
 def cleaned(notebook: Any, name: str) -> Any:
-    """The notebook that ran, without what only a live kernel can use and what only this machine would say."""
+    """The notebook that ran, without what only a live kernel can use and what only this machine would say.
+
+    >>> notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("f()", execution_count=7)])
+    >>> cleaned(notebook, "12_lora.ipynb").cells[0].execution_count
+    1
+
+    Raises: NotStored for text on stderr, or a widget without a picture.
+    """
     code = [joined(cell) for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, start=1):
         where = f"{name} [{name_of(cell, notebook.cells)}]"
         cell.execution_count = count
         cell.outputs = [_clean_output(output, count, where) for output in _merged(cell.outputs)]
-    kept = {k: v for k, v in notebook.metadata.items() if k in NOTEBOOK_METADATA}
-    header = {**kept, "kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    metadata = {k: v for k, v in notebook.metadata.items() if k in NOTEBOOK_METADATA}
+    header = {**metadata, "kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     notebook.metadata = nbformat.from_dict(header)
     return notebook
 

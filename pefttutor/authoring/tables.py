@@ -29,7 +29,12 @@ Row = dict[str, Any]
 
 
 def provenance(script: Path, *, model: str, tasks: Sequence[str], **settings: Any) -> Row:
-    """The header of the table that `script`, in its lesson's folder of data/lessons, makes with an embedded model."""
+    """The header of the table that `script`, in its lesson's folder of data/lessons, makes with an embedded model.
+
+    >>> script = root() / "lessons" / "09" / "compare_masks.py"
+    >>> provenance(script, model="campus-nano", tasks=("sentiment",), steps=200)["command"]
+    'python data/lessons/09/compare_masks.py'
+    """
     about = {task: root() / "tasks" / task / "task.json" for task in tasks}
     return {
         "command": f"python data/lessons/{script.parent.name}/{script.name}",
@@ -45,6 +50,11 @@ def provenance(script: Path, *, model: str, tasks: Sequence[str], **settings: An
 
 class Table:
     """The runs of `train`, by their arguments: what isn't in the file is trained when it is asked for.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     Table(Path(folder, "try.jsonl"), {}, ("lr", "seed"), lambda lr, seed: {"validation": 1 - lr})[0.1, 0]
+    {'lr': 0.1, 'seed': 0, 'validation': 0.9}
 
     path: the file, whose rows are kept if its header is this one. columns: the names of train's arguments.
     train(*key) → {name: number}, rounded to six digits.
@@ -62,8 +72,8 @@ class Table:
 
     def __getitem__(self, key: tuple[Any, ...]) -> Row:
         if key not in self.rows:
-            found = {name: round(value, 6) for name, value in self.train(*key).items()}
-            self.rows[key] = dict(zip(self.columns, key, strict=True)) | found
+            scores = {name: round(value, 6) for name, value in self.train(*key).items()}
+            self.rows[key] = dict(zip(self.columns, key, strict=True)) | scores
             self.lines.append(json.dumps(self.rows[key]))
             write_atomically(self.path, "\n".join(self.lines) + "\n")
             print(self.lines[-1], file=sys.stderr, flush=True)
@@ -81,13 +91,13 @@ class Table:
             sums = [
                 sum(self[*case, rate, seed]["validation"] for seed in seeds) for rate in rates[low : high + 1]
             ]
-            found = low + sums.index(max(sums))
-            if found == low > 0:
+            highest = low + sums.index(max(sums))
+            if highest == low > 0:
                 low -= 1
-            elif found == high < len(rates) - 1:
+            elif highest == high < len(rates) - 1:
                 high += 1
             else:
-                return rates[found]
+                return rates[highest]
 
 
 def compare(
@@ -105,6 +115,8 @@ def compare(
 ) -> None:
     """Run every case at its own learning rate with every seed; the table stands beside the script, as its name.jsonl.
 
+        compare(__file__, train, {("LoRA", 8): (1e-3, 1e-2)}, columns=("method", "r"), rates=RATES, seeds=range(5), …)
+
     train(*case, lr, seed) → {"validation": share, "test": share}. cases: each with the window of rates to try first.
     columns: the names of a case's parts. The search looks at validation and search_seeds only.
     """
@@ -121,6 +133,10 @@ def compare(
 
 def read(name: str) -> tuple[Row, list[Row]]:
     """Header and rows of data/lessons/`name`, such as "09/compare_masks.jsonl".
+
+    >>> header, rows = read("09/compare_masks.jsonl")
+    >>> header["command"]
+    'python data/lessons/09/compare_masks.py'
 
     Raises: ValueError if the script or the model has changed since.
     """
@@ -140,24 +156,28 @@ def read(name: str) -> tuple[Row, list[Row]]:
 
 
 def best(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Of each case the rows at the learning rate that its search chose, one for each seed of the header."""
+    """Of each case the rows at the learning rate that its search chose, one for each seed of the header.
+
+    >>> header = {"seeds": [0, 1], "search_seeds": [0]}
+    >>> rows = [{"r": 8, "lr": lr, "seed": s, "validation": 1 - lr} for lr in (0.1, 0.5) for s in (0, 1)]
+    >>> [row["lr"] for row in best(header, rows)[8,]]
+    [0.1, 0.1]
+    """
     cases: dict[tuple[Any, ...], dict[float, dict[int, Row]]] = {}
     for row in rows:
         names = list(row)
         case = tuple(row[name] for name in names[: names.index("lr")])
         cases.setdefault(case, {}).setdefault(row["lr"], {})[row["seed"]] = row
-    found = {}
+    chosen: dict[tuple[Any, ...], list[Row]] = {}
     for case, by_rate in cases.items():
         searched = {
             rate: sum(by_seed[seed]["validation"] for seed in header["search_seeds"])
             for rate, by_seed in sorted(by_rate.items())
             if set(header["search_seeds"]) <= set(by_seed)
         }
-        chosen = by_rate[
-            max(searched, key=lambda rate: searched[rate])
-        ]  # of equal ones the first: the smaller
-        found[case] = [chosen[seed] for seed in header["seeds"]]
-    return found
+        rate = max(searched, key=lambda rate: searched[rate])  # of equal ones the first: the smaller
+        chosen[case] = [by_rate[rate][seed] for seed in header["seeds"]]
+    return chosen
 
 
 @cache
@@ -169,7 +189,7 @@ def prepared(model: str, task: str) -> tuple[Any, dict[str, list[Any]]]:
 
 @cache
 def drawn(model: str, task: str, n: int, seed: int) -> list[Any]:
-    """n training examples, drawn by the seed."""
+    """n of the task's training examples, encoded for the model and drawn by the seed."""
     examples = prepared(model, task)[1]["train"]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:n].tolist()]

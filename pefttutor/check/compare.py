@@ -44,10 +44,10 @@ def same_result(
     name = next((name for name, run in known.items() if theirs.agrees(run, rtol, atol)), None)
     if theirs.error:
         raise explained(theirs.error, inputs, likely=name) from theirs.error
-    said = difference(theirs, right, rtol, atol)
-    if said:
-        likely = name or said.pop("likely", None)
-        raise wrong(input=describe_inputs(inputs), **{**said, "likely": likely})
+    lines = difference(theirs, right, rtol, atol)
+    if lines:
+        likely = name or lines.pop("likely", None)
+        raise wrong(input=describe_inputs(inputs), **{**lines, "likely": likely})
     return theirs.result
 
 
@@ -78,8 +78,8 @@ class Run:
         generator = torch.Generator().manual_seed(0)
         weighted = [(leaf * torch.rand(leaf.shape, generator=generator).to(leaf)).sum() for leaf in connected]
         total = torch.stack(weighted).sum()
-        found = torch.autograd.grad(total, [self.inputs[name] for name in names], allow_unused=True)
-        return dict(zip(names, found, strict=True))
+        gradients = torch.autograd.grad(total, [self.inputs[name] for name in names], allow_unused=True)
+        return dict(zip(names, gradients, strict=True))
 
     @property
     def changed(self) -> list[str]:
@@ -87,7 +87,7 @@ class Run:
         return [name for name, value in self.inputs.items() if not _untouched(value, self.before[name])]
 
     def agrees(self, other: Run, rtol: float, atol: float) -> bool:
-        """Whether the two can't be told apart: same error, or same result, gradients and side effects."""
+        """Whether the two can't be told apart: the same error, or the same result, gradients and side effects."""
         if self.error or other.error:
             return type(self.error) is type(other.error) and str(self.error) == str(other.error)
         tolerance = {"rtol": rtol, "atol": atol}

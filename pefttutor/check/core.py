@@ -108,12 +108,12 @@ def explained(
 def _own_line(error: Exception) -> str:
     """The innermost line that the learner wrote: neither a library's nor ours."""
     libraries = ("site-packages", str(Path(__file__).parent))
-    own = [
+    frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.line and not any(library in frame.filename for library in libraries)
     ]
-    return f"in your line {own[-1].lineno}: {own[-1].line}" if own else ""
+    return f"in your line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def describe_inputs(inputs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> str:

@@ -39,13 +39,13 @@ def _different_result(came: Any, expected: Any, rtol: float, atol: float) -> dic
     for (name, a), (_, b) in zip(ours, theirs, strict=True):
         at = f"result{name}: " if name else ""
         if isinstance(b, Tensor):
-            said = _different_tensors(a, b, rtol, atol)
+            lines = _different_tensors(a, b, rtol, atol)
         elif close(a, b, rtol=rtol, atol=atol):
-            said = None
+            lines = None
         else:
-            said = {"expected": describe(b), "came": describe(a)}
-        if said:
-            return {key: at + text if key != "likely" else text for key, text in said.items()}
+            lines = {"expected": describe(b), "came": describe(a)}
+        if lines:
+            return {key: at + text if key != "likely" else text for key, text in lines.items()}
     return None
 
 
@@ -55,20 +55,20 @@ def _different_tensors(came: Any, expected: Tensor, rtol: float, atol: float) ->
             "expected": f"a tensor, {describe(expected)}",
             "came": f"{type(came).__name__} {describe(came)}",
         }
-    said = {"expected": f"shape {tuple(expected.shape)}", "came": f"shape {tuple(came.shape)}"}
+    lines = {"expected": f"shape {tuple(expected.shape)}", "came": f"shape {tuple(came.shape)}"}
     if came.shape != expected.shape:
         if came.ndim > 1 and came.mT.shape == expected.shape:
-            said["likely"] = "it is transposed"
-        return said
+            lines["likely"] = "it is transposed"
+        return lines
     if not close(came, expected, rtol=rtol, atol=atol):
-        said = {
+        lines = {
             key: f"{text}, numbers {numbers(t)}"
-            for (key, text), t in zip(said.items(), (expected, came), strict=True)
+            for (key, text), t in zip(lines.items(), (expected, came), strict=True)
         }
         factor = _factor(came, expected)
         if factor is not None:
-            said["likely"] = f"every number is {factor:.4g} times what it should be"
-        return said
+            lines["likely"] = f"every number is {factor:.4g} times what it should be"
+        return lines
     if came.dtype != expected.dtype:
         likely = "the result doesn't keep the dtype of its input"
         return {"expected": str(expected.dtype), "came": str(came.dtype), "likely": likely}

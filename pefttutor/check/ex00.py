@@ -46,8 +46,8 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 
 def _pair(parameters: Iterable[Tensor]) -> tuple[int, int]:
-    found = list(parameters)
-    return _count(found), _count(p for p in found if p.requires_grad)
+    listed = list(parameters)
+    return _count(listed), _count(p for p in listed if p.requires_grad)
 
 
 def _every_name(model: nn.Module) -> list[nn.Parameter]:
@@ -183,8 +183,8 @@ def draws(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 9, 5, generator=generator)
     labels = torch.randint(0, 5, (3, 9), generator=generator)
-    kept = torch.rand(3, 9, generator=generator) < 0.5
-    labels[:, 1:] = torch.where(kept[:, 1:], logits[:, :-1].argmax(-1), labels[:, 1:])
+    right = torch.rand(3, 9, generator=generator) < 0.5
+    labels[:, 1:] = torch.where(right[:, 1:], logits[:, :-1].argmax(-1), labels[:, 1:])
     labels[0, :2] = labels[1, :5] = labels[2, :4] = labels[1, 7:] = IGNORED  # prompts; padding
     return {"logits": logits, "labels": labels}
 

@@ -21,12 +21,15 @@ def static_bytes(model: nn.Module, moment_bytes: int) -> tuple[int, int, int]:
 def feed_forward_bytes(
     tokens: int, d: int, m: int, itemsize: int, weights_train: bool, input_grad: bool
 ) -> int:
-    """What autograd keeps of down(silu(gate(x)) · up(x)): x (tokens, d) and the product where weights train; gate, up
-    and silu (tokens, m) where anything at or below them needs a gradient."""
-    kept = tokens * (d + m) if weights_train else 0
+    """The bytes that autograd keeps of down(silu(gate(x)) · up(x)).
+
+    It keeps x (tokens, d) and the product (tokens, m) where weights train, and gate, up and silu (tokens, m) where
+    anything at or below them needs a gradient.
+    """
+    numbers = tokens * (d + m) if weights_train else 0
     if weights_train or input_grad:
-        kept += 3 * tokens * m
-    return kept * itemsize
+        numbers += 3 * tokens * m
+    return numbers * itemsize
 
 
 def kv_cache_bytes(
@@ -43,7 +46,7 @@ def _static(
     *,
     of: Callable[[nn.Module], list[Any]] = lambda model: list(model.parameters()),
     width: Callable[[Any], int] = lambda p: p.element_size(),
-    moments: Callable[[int, Any], int] = lambda given, p: 2 * given,
+    moments: Callable[[int, Any], int] = lambda size, p: 2 * size,
     trained: Callable[[Any], bool] = lambda p: p.requires_grad,
 ) -> Callable[..., tuple[int, int, int]]:
     def wrong_static(model: nn.Module, moment_bytes: int) -> tuple[int, int, int]:
@@ -66,10 +69,10 @@ STATIC_MISTAKES: dict[str, Callable[..., Any]] = {
     "every number is taken for 2 bytes; ask p.element_size()": _static(width=lambda p: 2),
     "frozen parameters get gradients and moments, too; they get none": _static(trained=lambda p: True),
     "gradients and moments are those of what is frozen": _static(trained=lambda p: not p.requires_grad),
-    "AdamW keeps two moments for each number, not one": _static(moments=lambda given, p: given),
-    "AdamW keeps two moments for each number, not three": _static(moments=lambda given, p: 3 * given),
+    "AdamW keeps two moments for each number, not one": _static(moments=lambda size, p: size),
+    "AdamW keeps two moments for each number, not three": _static(moments=lambda size, p: 3 * size),
     "the moments have the width of their parameter; here they have moment_bytes": _static(
-        moments=lambda given, p: 2 * p.element_size()
+        moments=lambda size, p: 2 * p.element_size()
     ),
     "a tied weight is counted under each of its names": _static(
         of=lambda model: [p for _, p in model.named_parameters(remove_duplicate=False)]
@@ -136,28 +139,28 @@ FEED_FORWARD_MISTAKES: dict[str, Callable[..., Any]] = {
 
 
 def _cache(**changes: Callable[[dict[str, int]], int]) -> Callable[..., int]:
-    def wrong_cache(**given: int) -> int:
-        return kv_cache_bytes(**(given | {name: change(given) for name, change in changes.items()}))
+    def wrong_cache(**sizes: int) -> int:
+        return kv_cache_bytes(**(sizes | {name: change(sizes) for name, change in changes.items()}))
 
     return wrong_cache
 
 
 CACHE_MISTAKES: dict[str, Callable[..., Any]] = {
-    "this is keys or values; both are kept": lambda **given: kv_cache_bytes(**given) // 2,
+    "this is keys or values; both are kept": lambda **sizes: kv_cache_bytes(**sizes) // 2,
     "this counts query heads; grouped queries share kv_heads keys and values": _cache(
         kv_heads=lambda g: g["heads"]
     ),
     "this counts query heads and key-value heads; queries aren't kept": _cache(
         kv_heads=lambda g: g["kv_heads"] + g["heads"]
     ),
-    "this counts keys, values and queries; queries aren't kept": lambda **given: (
-        kv_cache_bytes(**given) * 3 // 2
+    "this counts keys, values and queries; queries aren't kept": lambda **sizes: (
+        kv_cache_bytes(**sizes) * 3 // 2
     ),
     "every layer has its own keys and values": _cache(layers=lambda g: 1),
     "every sequence of the batch has its own keys and values": _cache(batch=lambda g: 1),
     "every token so far has its keys and values": _cache(length=lambda g: 1),
     "these are numbers, not bytes": _cache(itemsize=lambda g: 1),
-    "itemsize is in bytes already, not in bits": lambda **given: kv_cache_bytes(**given) // 8,
+    "itemsize is in bytes already, not in bits": lambda **sizes: kv_cache_bytes(**sizes) // 8,
     "the number of key-value heads is missing: each of them keeps head_dim numbers a token": _cache(
         kv_heads=lambda g: 1
     ),

@@ -78,14 +78,14 @@ def _masks(
 ) -> Callable[[Mapping[str, Tensor], float], dict[str, Tensor]]:
     def wrong_masks(weights: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
         groups = [weights] if together else [{name: weight} for name, weight in weights.items()]
-        found: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
         for group in groups:
             flat = torch.cat([score(weight).flatten() for weight in group.values()])
             mask = torch.zeros(len(flat), dtype=torch.bool)
             mask[flat.argsort(descending=largest)[: count(fraction, len(flat))]] = True
             parts = (mask ^ invert).split([weight.numel() for weight in group.values()])
-            found |= {name: part.view(group[name].shape) for name, part in zip(group, parts, strict=True)}
-        return found
+            masks |= {name: part.view(group[name].shape) for name, part in zip(group, parts, strict=True)}
+        return masks
 
     return wrong_masks
 

@@ -152,15 +152,15 @@ def _masks(
         inside = {} if competes else {n: v for n, v in fisher.items() if is_head(n, head)}
         size = sum(value.numel() for value in inside.values())
         body = {n: v for n, v in fisher.items() if n not in inside}
-        found: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
         for group in [body] if together else [{n: v} for n, v in body.items()]:
             flat = torch.cat([value.flatten() for value in group.values()])
             k = count(fraction, everything, size) if together else int(fraction * len(flat))
             parts = (choose or topk)(flat, k).split([value.numel() for value in group.values()])
-            found |= {n: part.view(group[n].shape) for n, part in zip(group, parts, strict=True)}
+            masks |= {n: part.view(group[n].shape) for n, part in zip(group, parts, strict=True)}
         if head_mask is not None:
-            found |= {n: torch.full(v.shape, head_mask) for n, v in inside.items()}
-        return {name: found[name] for name in fisher if name in found}
+            masks |= {n: torch.full(v.shape, head_mask) for n, v in inside.items()}
+        return {name: masks[name] for name in fisher if name in masks}
 
     return wrong_masks
 

@@ -39,9 +39,9 @@ def ex10_1(attempt: Any) -> None:
         "p": 0.3,
     }
     same_result(attempt, masked_gradients, inputs, mistakes=GRADIENTS_MISTAKES)
-    given = fresh(inputs)
-    call(attempt, **given)
-    if not close(given["grads"], inputs["grads"], rtol=0, atol=0):
+    copies = fresh(inputs)
+    call(attempt, **copies)
+    if not close(copies["grads"], inputs["grads"], rtol=0, atol=0):
         raise wrong(expected="the given gradients as they were", came="other values in them", likely=IN_PLACE)
 
 

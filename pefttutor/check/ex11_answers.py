@@ -28,9 +28,9 @@ def hard_concrete(alpha: Tensor, u: Tensor, left: float, right: float) -> tuple[
 def lottery_difference(start: Weights, first: Weights, second: Weights, k: int) -> dict[str, Tensor]:
     """φ = θ₂ − θ₀ at the k entries whose |θ₁ − θ₀| is largest over all tensors together, 0 elsewhere."""
     moved = torch.cat([(first[name] - start[name]).abs().flatten() for name in start])
-    kept = torch.zeros(len(moved), dtype=torch.bool)
-    kept[moved.argsort(descending=True)[:k]] = True
-    parts = kept.split([weight.numel() for weight in start.values()])
+    mask = torch.zeros(len(moved), dtype=torch.bool)
+    mask[moved.argsort(descending=True)[:k]] = True
+    parts = mask.split([weight.numel() for weight in start.values()])
     return {
         name: (second[name] - start[name]) * part.view(start[name].shape)
         for name, part in zip(start, parts, strict=True)
@@ -177,16 +177,16 @@ def _lottery(
     masked: bool = True,
 ) -> Callable[..., dict[str, Tensor]]:
     def wrong_difference(start: Weights, first: Weights, second: Weights, k: int) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        differences: dict[str, Tensor] = {}
         for group in [list(start)] if together else [[name] for name in start]:
             scores = [score(start[name], first[name], second[name]).flatten() for name in group]
             flat = torch.cat(scores)
-            kept = torch.zeros(len(flat), dtype=torch.bool)
-            kept[flat.argsort(descending=largest)[:k]] = True
-            for name, part in zip(group, kept.split([len(s) for s in scores]), strict=True):
+            mask = torch.zeros(len(flat), dtype=torch.bool)
+            mask[flat.argsort(descending=largest)[:k]] = True
+            for name, part in zip(group, mask.split([len(s) for s in scores]), strict=True):
                 phi = change(start[name], first[name], second[name])
-                found[name] = phi * part.view(phi.shape) if masked else phi
-        return found
+                differences[name] = phi * part.view(phi.shape) if masked else phi
+        return differences
 
     return wrong_difference
 

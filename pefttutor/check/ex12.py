@@ -55,7 +55,8 @@ def ex12_2(attempt: Any) -> None:
         "lora_alpha": 6.0,
     }
     same_result(attempt, merged_weight, inputs, mistakes=MERGE_MISTAKES)
-    half = {  # a seed for which no sum lies so near the middle of two bfloat16 numbers that its order matters
+    # A seed for which no sum lies so near the middle of two bfloat16 numbers that its order matters.
+    half = {
         "weight": _draw(12, 10, seed=160).bfloat16(),
         "lora_A": _draw(4, 10, seed=7) / 7,
         "lora_B": _draw(12, 4, seed=8) / 7,

@@ -54,40 +54,40 @@ def check_freezing(attempt: Callable[..., Any]) -> None:
     """Exercise 00.2: what requires a gradient, what the optimizer holds, and what one step changes."""
     with torch.random.fork_rng(devices=[]):
         model = _used_before()
-    before, own = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
-    given = "a classifier with body, score_norm and score; part 'score', lr 0.1"
+    before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    case = "a classifier with body, score_norm and score; part 'score', lr 0.1"
     optimizer = call(attempt, model, "score", 0.1)
-    _same_model(model, own, before, given)
-    _right_flags(model, given)
-    _right_optimizer(model, optimizer, given)
-    _right_step(model, optimizer, before, given)
+    _same_model(model, parameters, before, case)
+    _right_flags(model, case)
+    _right_optimizer(model, optimizer, case)
+    _right_step(model, optimizer, before, case)
 
 
 def _trains(name: str) -> bool:
     return name.startswith("score.")
 
 
-def _same_model(model: nn.Module, own: dict[str, Any], before: dict[str, Tensor], given: str) -> None:
+def _same_model(model: nn.Module, parameters: dict[str, Any], before: dict[str, Tensor], case: str) -> None:
     now = dict(model.named_parameters())
-    replaced = [name for name in own if now.get(name) is not own[name]]
+    replaced = [name for name in parameters if now.get(name) is not parameters[name]]
     if replaced:
         raise wrong(
-            input=given,
+            input=case,
             expected="the model's own parameters",
             came=f"{', '.join(replaced)} replaced or removed",
             likely="a new layer or nn.Parameter was made; freezing only needs requires_grad_",
         )
-    changed = [name for name in own if not torch.equal(now[name], before[name])]
+    changed = [name for name in parameters if not torch.equal(now[name], before[name])]
     if changed or model.training:
         raise wrong(
-            input=given,
+            input=case,
             expected="the same numbers and the same mode as before; training comes later",
             came=f"changed: {', '.join(changed) or 'the mode, by model.train()'}",
             likely="the function trains, or draws numbers anew",
         )
 
 
-def _right_flags(model: nn.Module, given: str) -> None:
+def _right_flags(model: nn.Module, case: str) -> None:
     parameters = dict(model.named_parameters())
     came = [name for name, p in parameters.items() if p.requires_grad]
     expected = [name for name in parameters if _trains(name)]
@@ -113,21 +113,21 @@ def _right_flags(model: nn.Module, given: str) -> None:
     elif not lacking:
         likely = "the rest isn't frozen: what the optimizer doesn't hold still gets a gradient, at full cost"
     raise wrong(
-        input=given, expected=f"trains: {', '.join(expected)}",
+        input=case, expected=f"trains: {', '.join(expected)}",
         came=f"trains: {', '.join(came) or 'nothing'}", likely=likely,
     )  # fmt: skip
 
 
-def _right_optimizer(model: nn.Module, optimizer: Any, given: str) -> None:
+def _right_optimizer(model: nn.Module, optimizer: Any, case: str) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         likely = "the function doesn't return its optimizer" if optimizer is None else None
         raise wrong(
-            input=given, expected="a torch.optim.AdamW", came=f"a {type(optimizer).__name__}", likely=likely
+            input=case, expected="a torch.optim.AdamW", came=f"a {type(optimizer).__name__}", likely=likely
         )
     if not isinstance(optimizer, torch.optim.AdamW) or optimizer.param_groups[0]["lr"] != 0.1:
         lr = optimizer.param_groups[0]["lr"]
         came = f"{type(optimizer).__name__} with lr {lr:g}"
-        raise wrong(input=given, expected="AdamW with lr 0.1", came=came, likely="lr isn't passed on")
+        raise wrong(input=case, expected="AdamW with lr 0.1", came=came, likely="lr isn't passed on")
     held = [p for group in optimizer.param_groups for p in group["params"]]
     names = {p: name for name, p in model.named_parameters()}
     expected = {p for p, name in names.items() if _trains(name)}
@@ -137,7 +137,7 @@ def _right_optimizer(model: nn.Module, optimizer: Any, given: str) -> None:
         else:
             likely = "the optimizer was built before freezing, from what trained then"
         raise wrong(
-            input=given,
+            input=case,
             expected=f"an optimizer that holds {', '.join(sorted(names[p] for p in expected))}",
             came=f"one that holds {', '.join(sorted(names.get(p, 'a tensor from elsewhere') for p in held))}",
             likely=likely,
@@ -145,13 +145,13 @@ def _right_optimizer(model: nn.Module, optimizer: Any, given: str) -> None:
 
 
 def _right_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, Tensor], given: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, before: dict[str, Tensor], case: str
 ) -> None:
     """One step must be that of a fresh start: the gradient of this loss alone."""
     stale = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     if stale:
         raise wrong(
-            input=f"{given}; gradients of an earlier run are still in it",
+            input=f"{case}; gradients of an earlier run are still in it",
             expected="no gradient left over",
             came=f"an old gradient in {', '.join(stale)}",
             likely="parameter.grad = None is missing: backward() adds to what is there",
@@ -161,7 +161,7 @@ def _right_step(
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     if moved != [name for name in before if _trains(name)]:
         raise wrong(
-            input=f"{given}; then one step",
+            input=f"{case}; then one step",
             expected="score.weight and score.bias have moved",
             came=f"moved: {', '.join(moved) or 'nothing'}",
         )

@@ -45,7 +45,8 @@ class LoRA:
     init_seed: fixes the random factors, whatever the device.
 
     Shapes: A (r, in), B (out, r). For an embedding "in" is the vocabulary, A starts at zero and B is normal.
-    Cost: it trains r · (in + out) values a layer (`count`) and takes 2·r·(in + out) more FLOPs a token, none once merged.
+    Cost: it trains r · (in + out) values a layer (`count`), and takes 2·r·(in + out) FLOPs more a token, none once
+        merged.
     Raises: ValueError for a value that makes no sense, before anything is changed.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; chapter eq. 4.10. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """

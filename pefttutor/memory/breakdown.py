@@ -24,9 +24,15 @@ PARTS = {
 class Breakdown:
     """Bytes of one training step, or of serving a model.
 
-    weights: of the base, in the weights' dtype. quantized_weights: of the layers that are quantised, their scales
-    included. adapter_weights: what the method added. gradients and optimizer: of what trains. activations: by kind,
-    what is kept for the backward pass at its fullest moment. kv_cache: in serving. values, trained: numbers, not bytes.
+    >>> print(Breakdown(weights=2**30, gradients=2**29))
+    weights                              1.000 GiB
+    gradients                            0.500 GiB
+    total                                1.500 GiB
+
+    weights: those of the base, in the weights' dtype. quantized_weights: those of the layers that are quantised, their
+    scales included. adapter_weights: what the method added. gradients and optimizer: what belongs to the values that
+    train. activations: by kind, what is kept for the backward pass at its fullest moment. kv_cache: the keys and values
+    that serving keeps. values, trained: how many numbers there are and how many of them train; these aren't bytes.
     """
 
     weights: int = 0
@@ -44,7 +50,7 @@ class Breakdown:
         return sum(self.as_dict().values())
 
     def as_dict(self) -> dict[str, int]:
-        """Bytes by part, in the order of a bar chart; activations by their kinds, as "activations: norms"."""
+        """Bytes by part, in the order of a bar chart; activations stand there by kind, as "activations: norms"."""
         parts = {words: getattr(self, name) for name, words in PARTS.items()}
         return parts | {f"activations: {kind}": size for kind, size in self.activations.items()}
 
@@ -55,7 +61,11 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One part: bytes estimated, bytes measured, and estimated / measured (1 when both are 0)."""
+    """One part in bytes, as estimated and as measured, and the ratio estimated / measured (1 when both are 0).
+
+    >>> Comparison(estimated=50, measured=100).ratio
+    0.5
+    """
 
     estimated: int
     measured: int
@@ -68,9 +78,14 @@ class Comparison:
 
 
 def compare(estimated: Breakdown, measured: Measured) -> dict[str, Comparison]:
-    """Estimate beside measurement, part by part: weights, gradients, optimizer, activations.
+    """Put an estimate beside a measurement, part by part: weights, gradients, optimizer, activations.
 
-    Raises: ValueError if the measurement knows no weights: `measure` needs model= for that.
+    >>> measured = Measured(100, 100, 200, activations=40, by_layer={}, allocator_peak=0, resident_growth=None)
+    >>> estimated = Breakdown(weights=100, gradients=100, optimizer=200, activations={"ffn": 30})
+    >>> {part: both.ratio for part, both in compare(estimated, measured).items()}
+    {'weights': 1.0, 'gradients': 1.0, 'optimizer': 1.0, 'activations': 0.75}
+
+    Raises: ValueError if the measurement knows no weights; `measure` needs model= for that.
     """
     if not measured.weights:
         raise ValueError("nothing to compare: call measure(step, model=model, optimizer=optimizer)")

@@ -52,6 +52,12 @@ SIZES = (
 
 
 def one_of(name: str, value: Any, known: Collection[Any]) -> Any:
+    """The value. Raises: ValueError, with all that is known, if it is none of these.
+
+    >>> one_of("device", "tpu", ("cuda", "cpu"))
+    Traceback (most recent call last):
+    ValueError: device is 'tpu'; the estimator knows 'cuda', 'cpu'
+    """
     if value not in known:
         shown = ", ".join(repr(choice) if isinstance(choice, str) else str(choice) for choice in known)
         raise ValueError(f"{name} is {value!r}; the estimator knows {shown}")
@@ -59,20 +65,38 @@ def one_of(name: str, value: Any, known: Collection[Any]) -> Any:
 
 
 def named_dtype(name: str, value: Any) -> torch.dtype | None:
-    """A dtype by its name or as itself; None stays None."""
+    """A dtype that is given by its name or as itself; None stays None.
+
+    >>> named_dtype("weight_dtype", "bfloat16"), named_dtype("weight_dtype", torch.float16)
+    (torch.bfloat16, torch.float16)
+
+    Raises: ValueError for any other.
+    """
     if value is None or value in DTYPES.values():
         return value
     return DTYPES[one_of(name, str(value).removeprefix("torch."), DTYPES)]
 
 
 def whole(**values: Any) -> None:
+    """Raises: ValueError for the first of the values that is no whole number ≥ 1.
+
+    >>> whole(batch_size=8, sequence_length=0)
+    Traceback (most recent call last):
+    ValueError: sequence_length is 0; it must be a whole number ≥ 1
+    """
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ 1")
 
 
 def check_config(config: Any) -> None:
-    """Raises: ValueError for an architecture without formulas, or a config whose numbers don't fit together."""
+    """Raises: ValueError for an architecture without formulas, or a config whose numbers don't fit together.
+
+    >>> from types import SimpleNamespace
+    >>> check_config(SimpleNamespace(model_type="llama", hidden_size=10, num_attention_heads=4))
+    Traceback (most recent call last):
+    ValueError: the config contradicts itself: hidden_size 10 is no multiple of 4 heads
+    """
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         shown = kind or type(config).__name__
@@ -107,7 +131,14 @@ def _side(size: Any) -> int:
 
 
 def check_attention(model: Any, attention: str | None) -> str:
-    """The attention of this model's class, sdpa before eager if None. Raises: ValueError for one it doesn't have."""
+    """The attention that a model's class computes: the one that is asked for; sdpa before eager if that is None.
+
+    >>> from types import SimpleNamespace
+    >>> check_attention(SimpleNamespace(_supports_sdpa=True, _supports_flash_attn=False), None)
+    'sdpa'
+
+    Raises: ValueError for one that the class doesn't have.
+    """
     has = {"eager": True, "sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
     known = [mode for mode in ATTENTION if has[mode]]
     if attention is None:
@@ -122,7 +153,12 @@ def check_attention(model: Any, attention: str | None) -> str:
 
 
 def check_method(method: Any) -> None:
-    """Raises: TypeError for what is no method."""
+    """Raises: TypeError for what is no method.
+
+    >>> check_method(dict)
+    Traceback (most recent call last):
+    TypeError: method is the class dict; give an instance of it: dict(…)
+    """
     if isinstance(method, type):
         raise TypeError(
             f"method is the class {method.__name__}; give an instance of it: {method.__name__}(…)"
@@ -134,10 +170,16 @@ def check_method(method: Any) -> None:
 
 
 def check_length(config: Any, length: int) -> None:
-    """Raises: ValueError for a sequence longer than the model's positions (T5 and BLOOM have no such limit)."""
-    longest = (
-        getattr(config, "max_position_embeddings", None) if config.model_type not in ("t5", "mt5") else None
-    )
+    """Raises: ValueError for a sequence longer than the model's positions (T5 and BLOOM have no such limit).
+
+    >>> from types import SimpleNamespace
+    >>> check_length(SimpleNamespace(model_type="bert", max_position_embeddings=512), 600)
+    Traceback (most recent call last):
+    ValueError: sequence_length is 600, but this model has positions for 512 tokens at most
+    """
+    if config.model_type in ("t5", "mt5"):
+        return
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(
             f"sequence_length is {length}, but this model has positions for {longest} tokens at most"

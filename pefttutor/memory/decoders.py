@@ -19,6 +19,10 @@ __all__ = ["bloom", "gpt2", "llama"]
 
 
 def llama(tape: Tape, model: Any, step: Step) -> Paper:
+    """The body of Llama, Mistral and Qwen, written onto the tape.
+
+    Shapes: → (batch · sequence, d), the last hidden state.
+    """
     body, config = model.base_model, model.config
     heads, head_dim = config.num_attention_heads, body.layers[0].self_attn.head_dim
     groups, dropout = config.num_key_value_heads, config.attention_dropout
@@ -30,9 +34,7 @@ def llama(tape: Tape, model: Any, step: Step) -> Paper:
         attention = step.heads(heads, kv=groups, dropout=dropout, float_softmax=True, window=limit)
         q, k, v = (tape.call(part, h, "attention") for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         if hasattr(attn, "q_norm"):  # Qwen3: a norm for each head
-            q, k = (
-                _head_norm(tape, norm, part, head_dim) for norm, part in ((attn.q_norm, q), (attn.k_norm, k))
-            )
+            q, k = _head_norm(tape, attn.q_norm, q, head_dim), _head_norm(tape, attn.k_norm, k, head_dim)
         for part in (q, k):
             tape.mul(part, rotary, "attention")  # q · cos + rotate(q) · sin
         h = tape.call(attn.o_proj, attention(tape, q.like(), k.like(), v), "attention")
@@ -57,6 +59,10 @@ def _head_norm(tape: Tape, norm: Any, x: Paper, head_dim: int) -> Paper:
 
 
 def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
+    """The body of GPT-2, written onto the tape.
+
+    Shapes: → (batch · sequence, d), the last hidden state.
+    """
     body, config = model.base_model, model.config
     attention = step.heads(config.n_head, dropout=config.attn_pdrop)
     width = config.n_embd
@@ -81,6 +87,10 @@ def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
 
 
 def bloom(tape: Tape, model: Any, step: Step) -> Paper:
+    """The body of BLOOM, written onto the tape.
+
+    Shapes: → (batch · sequence, d), the last hidden state.
+    """
     body, config = model.base_model, model.config
     attention = step.heads(config.n_head, dropout=config.attention_dropout, float_softmax=True)
 

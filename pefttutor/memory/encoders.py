@@ -15,13 +15,17 @@ __all__ = ["bert", "t5", "vit"]
 
 
 def bert(tape: Tape, model: Any, step: Step) -> Paper:
+    """The body of BERT without its pooler, written onto the tape.
+
+    Shapes: → (batch · sequence, d), the last hidden state.
+    """
     body, config = model.base_model, model.config
     attention = step.heads(config.num_attention_heads, dropout=config.attention_probs_dropout_prob)
     p = config.hidden_dropout_prob
 
     def block(tape: Tape, layer: Any, x: Paper) -> Paper:
-        own, out = layer.attention.self, layer.attention.output
-        q, k, v = (tape.call(part, x, "attention") for part in (own.query, own.key, own.value))
+        inner, out = layer.attention.self, layer.attention.output
+        q, k, v = (tape.call(part, x, "attention") for part in (inner.query, inner.key, inner.value))
         h = tape.dropout(tape.call(out.dense, attention(tape, q, k, v), "attention"), p)
         x = tape.call(out.LayerNorm, x.like(h), "norms")
         h = tape.activation(config.hidden_act, tape.call(layer.intermediate.dense, x, "ffn"), "ffn")
@@ -40,6 +44,10 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
 
 
 def vit(tape: Tape, model: Any, step: Step) -> Paper:
+    """The body of a vision transformer, written onto the tape; its tokens are a picture's patches and one more.
+
+    Shapes: → (batch · (patches + 1), d), the last hidden state.
+    """
     body, config = model.base_model, model.config
     e, conv = body.embeddings, body.embeddings.patch_embeddings.projection
     patches = e.patch_embeddings.num_patches
@@ -73,6 +81,10 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
 
 
 def t5(tape: Tape, model: Any, step: Step) -> Paper:
+    """Encoder and decoder of T5 and mT5, written onto the tape.
+
+    Shapes: → (batch · target, d), the decoder's last hidden state. Raises: ValueError for an encoder alone.
+    """
     if not hasattr(model, "decoder"):
         raise ValueError(
             f"{type(model).__name__} has an encoder alone, and the estimator knows T5 with encoder and decoder: "
@@ -82,11 +94,11 @@ def t5(tape: Tape, model: Any, step: Step) -> Paper:
     p, heads = config.dropout_rate, config.num_heads
 
     def attend(tape: Tape, layer: Any, x: Paper, states: Paper | None, attention: Attention) -> Paper:
-        own = layer.EncDecAttention if states else layer.SelfAttention
+        inner = layer.EncDecAttention if states else layer.SelfAttention
         h = tape.call(layer.layer_norm, x, "norms")
-        q = tape.call(own.q, h, "attention")
-        k, v = (tape.call(part, states or h, "attention") for part in (own.k, own.v))
-        return x.like(tape.dropout(tape.call(own.o, attention(tape, q, k, v), "attention"), p))
+        q = tape.call(inner.q, h, "attention")
+        k, v = (tape.call(part, states or h, "attention") for part in (inner.k, inner.v))
+        return x.like(tape.dropout(tape.call(inner.o, attention(tape, q, k, v), "attention"), p))
 
     def feed_forward(tape: Tape, layer: Any, x: Paper) -> Paper:
         inner, h = layer.DenseReluDense, tape.call(layer.layer_norm, x, "norms")
@@ -101,29 +113,25 @@ def t5(tape: Tape, model: Any, step: Step) -> Paper:
     def stack(part: Any, length: int, states: Paper | None) -> Paper:
         saves_layers = part.block[0].gradient_checkpointing
         bias = tape.trains(*part.block[0].layer[0].SelfAttention.relative_attention_bias.parameters())
-        own = step.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
-        cross = step.heads(heads, length=length, keys=n, dropout=p, bias=saves_layers)
+        self_attention = step.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
+        cross_attention = step.heads(heads, length=length, keys=n, dropout=p, bias=saves_layers)
         x = opened(tape, model, tape.call(part.embed_tokens, step.ids(length), "embeddings"))
-        shared = [
-            Paper(heads * length, keys, x.itemsize, bias) for keys in (length, n)
-        ]  # passed on by the first layer
+        # The biases that the first layer passes on to the others: of self-attention, and of cross-attention.
+        shared = [Paper(heads * length, keys, x.itemsize, bias) for keys in (length, n)]
 
         def block(tape: Tape, layer: Any, x: Paper, states: Paper | None, **biases: Paper) -> Paper:
-            x = attend(tape, layer.layer[0], x, None, own)
+            x = attend(tape, layer.layer[0], x, None, self_attention)
             if states:
-                x = attend(tape, layer.layer[1], x, states, cross)
+                x = attend(tape, layer.layer[1], x, states, cross_attention)
             return feed_forward(tape, layer.layer[-1], x)
 
         if bias:
-            tape.save(
-                Paper(length, length, INDEX, False), "embeddings"
-            )  # which bucket each distance falls into
+            buckets = Paper(length, length, INDEX, False)  # which bucket each distance falls into
+            tape.save(buckets, "embeddings")
         x = tape.dropout(x, p)
+        passed_on = {"own": shared[0]} | ({"cross": shared[1]} if states else {})
         for i, layer in enumerate(part.block):
-            names = ("own", "cross") if states else ("own",)
-            x = tape.block(
-                block, layer, x, states=states, **(dict(zip(names, shared, strict=False)) if i else {})
-            )
+            x = tape.block(block, layer, x, states=states, **(passed_on if i else {}))
         return tape.dropout(tape.call(part.final_layer_norm, x, "norms"), p)
 
     return stack(model.decoder, m, stack(model.encoder, n, None))

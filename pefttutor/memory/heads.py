@@ -15,13 +15,28 @@ KIND = "logits and loss"
 
 
 def knows(model: Any) -> bool:
-    """Whether `head` has a rule for this model's output."""
+    """Whether `head` has a rule for this model's output.
+
+    >>> from torch import nn
+    >>> knows(nn.ModuleDict({"score": nn.Linear(8, 2)})), knows(nn.ModuleDict({"body": nn.Linear(8, 8)}))
+    (True, False)
+    """
     masked = hasattr(model, "cls") and [*model.cls._modules] == ["predictions"]
     return masked or any(hasattr(model, name) for name in ("lm_head", "score", "classifier"))
 
 
 def head(tape: Tape, model: Any, hidden: Paper, step: Step) -> Paper:
-    """The logits; what they and the loss keep is on the tape. Raises: ValueError for a model without known head."""
+    """The logits; what they and the loss keep is then on the tape.
+
+    >>> from torch import nn
+    >>> model = nn.Module()
+    >>> model.score = nn.Linear(8, 2)                                       # one answer for each text of 3 tokens
+    >>> head(Tape(), model, Paper(rows=6, width=8, itemsize=4, grad=True), Step(2, 3, 3, "sdpa")).rows
+    2
+
+    Shapes: hidden (batch · sequence, d) → (batch · sequence, vocabulary), or (batch, classes) of a classifier.
+    Raises: ValueError for a model without a head that the estimator knows.
+    """
     if not knows(model):
         name = type(model).__name__
         raise ValueError(

@@ -20,6 +20,11 @@ _WIDTH = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
 def trains(parameter: Any) -> bool:
+    """Whether a layer's parameter trains; one that the layer doesn't have, such as a missing bias, doesn't.
+
+    >>> trains(nn.Linear(2, 2).weight), trains(nn.Linear(2, 2, bias=False).bias)
+    (True, False)
+    """
     return isinstance(parameter, Tensor) and parameter.requires_grad
 
 
@@ -83,7 +88,11 @@ RULES: dict[str, Rule] = {
 
 
 def plain_rule(layer: nn.Module) -> Rule | None:
-    """The rule of the layer's type; None for an unknown type, or where a method has put more into the layer."""
+    """The rule of the layer's type; None for an unknown type, or where a method has put more into the layer.
+
+    >>> plain_rule(nn.Linear(2, 2)) is RULES["Linear"], plain_rule(nn.Tanh()) is None
+    (True, True)
+    """
     return RULES.get(type(layer).__name__) if {*layer._parameters} <= {"weight", "bias"} else None
 
 
@@ -92,6 +101,13 @@ def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:
 
     For the layers of a method that says nothing about itself. The layer gets x as (rows, width), ids as (rows), and a
     convolution one patch a row. Of layers that look the same, one is run.
+
+    >>> from pefttutor.memory.tape import Tape
+    >>> tape = Tape()
+    >>> _ = run_alone(tape, nn.Tanh(), Paper(rows=3, width=4, itemsize=4, grad=True), "ffn")
+    >>> tape.bytes_by_kind()["ffn"]                                         # 3 · 4 results of 4 bytes
+    48
+
     Raises: ValueError if it can't run without values.
     """
     looks = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
@@ -99,40 +115,40 @@ def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:
     key = (type(layer), str(layer), looks, hooks, x.rows, x.width, x.itemsize, x.grad)
     if key not in tape.alone:
         tape.alone[key] = (x, *_run(layer, x))
-    given, kept, out = tape.alone[key]
-    own = {given: x}
-    for paper in kept:
-        tape.save(own.setdefault(paper, paper.like()), kind)
-    return own.get(out) or out.like()
+    first_input, saved, output = tape.alone[key]
+    papers = {first_input: x}  # of the layer that was run, by those of this one
+    for paper in saved:
+        tape.save(papers.setdefault(paper, paper.like()), kind)
+    return papers.get(output) or output.like()
 
 
 def _run(layer: nn.Module, x: Paper) -> tuple[list[Paper], Paper]:
     """What autograd saves for the layer, each storage once, and its output."""
     if isinstance(layer, nn.Embedding):
-        given = torch.empty(x.rows, dtype=torch.int64, device="meta")
+        sample = torch.empty(x.rows, dtype=torch.int64, device="meta")
     else:
         shape = layer.weight.shape[1:] if isinstance(layer, nn.Conv2d) else (x.width,)
-        given = torch.empty(x.rows, *shape, dtype=_WIDTH[x.itemsize], device="meta", requires_grad=x.grad)
-    own = {p.untyped_storage()._cdata for p in [*layer.parameters(), *layer.buffers()]}
-    seen: dict[int, Paper] = {given.untyped_storage()._cdata: x}
+        sample = torch.empty(x.rows, *shape, dtype=_WIDTH[x.itemsize], device="meta", requires_grad=x.grad)
+    exist = {p.untyped_storage()._cdata for p in [*layer.parameters(), *layer.buffers()]}
+    seen: dict[int, Paper] = {sample.untyped_storage()._cdata: x}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in exist:
             alive.append(tensor.detach())  # so that no address is used twice
             size = storage.nbytes() // tensor.element_size()
-            kept.append(seen.setdefault(storage._cdata, Paper(1, size, tensor.element_size(), True)))
+            saved.append(seen.setdefault(storage._cdata, Paper(1, size, tensor.element_size(), True)))
         return tensor
 
     alive: list[Tensor] = []
-    kept: list[Paper] = []
+    saved: list[Paper] = []
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            y = layer.train()(given)
+            y = layer.train()(sample)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{type(layer).__name__} can't be run without values ({error}); give its method "
             "trace(layer, x, tape, kind), see pefttutor.method.Method"
         ) from error
-    same = seen.get(y.untyped_storage()._cdata)
-    return kept, same or Paper(x.rows, y.numel() // x.rows, y.element_size(), y.requires_grad)
+    saved_too = seen.get(y.untyped_storage()._cdata)
+    return saved, saved_too or Paper(x.rows, y.numel() // x.rows, y.element_size(), y.requires_grad)

@@ -16,8 +16,14 @@ __all__ = ["on_meta", "skeleton", "with_method"]
 
 
 def skeleton(config: Any, *, dtype: torch.dtype, like: Any = None) -> nn.Module:
-    """The model that `config` describes: of class `like`, else of the class that it names if the estimator knows
-    that one's head, else of the usual one for training.
+    """The model that `config` describes, without values.
+
+    Its class is `like`, else the one that the config names if the estimator knows that one's head, else the usual one
+    for training.
+
+    >>> from transformers import BertConfig
+    >>> skeleton(BertConfig(), dtype=torch.bfloat16).bert.pooler.dense.weight.device
+    device(type='meta')
 
     Raises: ValueError, from transformers, for a config that contradicts itself.
     """
@@ -38,7 +44,11 @@ def skeleton(config: Any, *, dtype: torch.dtype, like: Any = None) -> nn.Module:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters and buffers have no values; ties stay ties, and nothing is allocated."""
+    """A copy of `model` whose parameters and buffers have no values; ties stay ties, and nothing is allocated.
+
+    >>> on_meta(nn.Linear(3, 2)).weight.device
+    device(type='meta')
+    """
     empty: dict[int, Any] = {}
     aside = [t for a in attached(model).values() for part in a.parts for t in part.kept_aside()]
     for tensor in [*model.parameters(), *model.buffers(), *aside]:
@@ -50,7 +60,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Whatever is made, is made on the meta device; random numbers need no generator there."""
+    """Inside, whatever is made is made on the meta device; random numbers need no generator there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -62,6 +72,10 @@ class _WithoutValues(TorchFunctionMode):
 
 def with_method(method: Any, model: nn.Module) -> nn.Module:
     """`method.attach(model)` for a model on the meta device: names, shapes and flags, and no random numbers drawn.
+
+    >>> from pefttutor.lowrank import LoRA
+    >>> with_method(LoRA(r=2, target_modules=("0",)), on_meta(nn.Sequential(nn.Linear(6, 4))))[0].lora_A.shape
+    torch.Size([2, 6])
 
     Raises: ValueError for a method that chooses by the values of the weights or of data.
     """

@@ -14,9 +14,16 @@ INDEX = 8  # bytes of an integer label or token id
 
 @dataclass(eq=False, frozen=True)
 class Paper:
-    """A tensor's outline. Shapes: (rows, width), rows = batch · sequence where nothing else is said.
+    """A tensor's outline.
 
-    again: whether `kernels.recompute` would make it again rather than keep it. own: the tensor it is a view of.
+    >>> x = Paper(rows=6, width=4, itemsize=2, grad=True)
+    >>> x.numel, x.view(rows=3, width=8).storage is x, x.like(width=8).storage is x
+    (24, True, False)
+
+    itemsize: bytes a value. grad: whether a gradient flows into it.
+    again: whether `kernels.recompute` would make it again rather than keep it. own: the tensor that it is a view of.
+
+    Shapes: (rows, width), with rows = batch · sequence where nothing else is said.
     """
 
     rows: int
@@ -40,6 +47,6 @@ class Paper:
         return replace(self, rows=rows, width=width, again=False, own=self.storage)
 
     def like(self, *others: Paper, **changes: Any) -> Paper:
-        """A new tensor of this outline, with a gradient if this one or one of the others has."""
+        """A new tensor of this outline, with a gradient if this tensor or one of the others has one."""
         grad = any(paper.grad for paper in (self, *others))
         return replace(self, **({"grad": grad, "again": False, "own": None} | changes))

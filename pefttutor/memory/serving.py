@@ -31,12 +31,16 @@ def estimate_serving(
     keys and values = 2 · layers · heads_kv · head_dim · batch_size · sequence_length numbers
     (of a layer with a sliding window: its last window − 1 tokens at most, as transformers keeps them)
 
+    >>> from transformers import LlamaConfig
+    >>> estimate_serving(LlamaConfig(), sequence_length=2048, weight_dtype="bfloat16").kv_cache / 2**30
+    1.0
+
     method: None is the base alone, of which nothing trains, or the method that the model carries already.
     A method that trains weights of the base (BitFit) needs its own copy of those for each adapter after the first.
     An encoder-decoder caches its decoder's own tokens (target_length) and its view of the input (sequence_length).
-    cache_dtype: None takes the weights'. The rest as in `estimate`.
+    cache_dtype: None takes the dtype of the weights. The other arguments are those of `estimate`.
 
-    Raises: ValueError as `estimate`, and for an encoder, which has no cache.
+    Raises: ValueError as `estimate` does, and for an encoder, which has no cache.
     """
     target_length = sequence_length if target_length is None else target_length
     whole(

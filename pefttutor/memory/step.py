@@ -14,11 +14,16 @@ __all__ = ["Step", "opened"]
 
 @dataclass(frozen=True)
 class Step:
-    """What goes through the model: token ids (or pictures), and how attention is computed."""
+    """What goes through the model: token ids (or pictures), and how attention is computed.
+
+    >>> step = Step(batch_size=2, sequence_length=16, target_length=16, attention="sdpa")
+    >>> step.ids(16).rows, step.heads(4).mode
+    (32, 'sdpa')
+    """
 
     batch_size: int
     sequence_length: int
-    target_length: int  # of an encoder-decoder's labels
+    target_length: int  # how long an encoder-decoder's labels are
     attention: str
     padding: bool = False  # whether the texts of a batch differ in length
 
@@ -37,6 +42,13 @@ class Step:
 
 
 def opened(tape: Tape, model: Any, x: Paper) -> Paper:
-    """Under checkpointing, `attach` makes the output of frozen embeddings require a gradient (see `mark`)."""
+    """What goes into the blocks; under checkpointing, `attach` makes what frozen embeddings give require a gradient.
+
+    >>> from torch import nn
+    >>> model, x = nn.Linear(2, 2), Paper(rows=4, width=8, itemsize=4, grad=False)
+    >>> model.gradient_checkpointing = True
+    >>> opened(Tape(), model, x).grad, opened(Tape(parts=["what is attached"]), model, x).grad
+    (False, True)
+    """
     wanted = bool(tape.parts) and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return x.like(grad=True) if wanted and not x.grad else x

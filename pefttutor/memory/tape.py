@@ -29,8 +29,13 @@ __all__ = ["Tape"]
 class Tape:
     """Notes of one forward pass: which storage is kept, under which kind.
 
-    parts: of what is attached, asked for `trace` where they have changed a layer. device: "cpu" or "cuda", which
-    differ in what dropout and fused attention keep. lean: with `losses.causal_lm_loss`.
+    >>> tape, x = Tape(), Paper(rows=6, width=4, itemsize=4, grad=False)
+    >>> y = tape.linear(x, 8, "ffn", weight=True)           # W trains, so x is kept
+    >>> tape.bytes_by_kind()["ffn"], y.grad
+    (96, True)
+
+    parts: those of what is attached; each is asked for `trace` where it has changed a layer. device: "cpu" or "cuda",
+    which differ in what dropout and fused attention keep. lean: whether the loss is `losses.causal_lm_loss`.
     """
 
     parts: Sequence[Any] = ()
@@ -48,7 +53,7 @@ class Tape:
     # ---- layers
 
     def call(self, layer: Any, x: Paper, kind: str) -> Paper:
-        """One layer of a model, by the rule of its type; the method's own layers by the method's rule."""
+        """One layer of a model, by the rule of its type; a layer that a method has changed, by the method's rule."""
         self.met.update(layer.parameters())
         rule = plain_rule(layer)
         if rule is not None:
@@ -56,7 +61,7 @@ class Tape:
         return self._traced(layer, x, kind) or run_alone(self, layer, x, kind)
 
     def _traced(self, layer: Any, x: Paper, kind: str) -> Paper | None:
-        """By the rule of the one part that has changed the layer. Raises: ValueError if several have."""
+        """The output by the rule of the one part that has changed the layer. Raises: ValueError if several have."""
         changed = [part for part in self.parts if part.covers(layer)]
         if len(changed) > 1:
             raise ValueError(
@@ -100,8 +105,8 @@ class Tape:
             return x.like(again=name != "bloom_gelu")
         if name == "gelu_new":  # ½x · (1 + tanh(…(x + …x³))), written out
             if x.grad:
-                for kept in (x, x.like(), x.like(), x.like()):  # x for x³, tanh, ½x, 1 + tanh
-                    self.save(kept, kind)
+                for tensor in (x, x.like(), x.like(), x.like()):  # x for x³, tanh, ½x, 1 + tanh
+                    self.save(tensor, kind)
             return x.like(again=True)
         known = "silu, gelu, gelu_new, gelu_pytorch_tanh, relu, tanh"
         raise ValueError(f"activation {name!r} is not known to the estimator; it knows {known}")
@@ -150,13 +155,13 @@ class Tape:
         return y.like(grad=y.grad or x.grad)
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """At the fullest moment: the end of the forward pass, or while a checkpointed layer is made again."""
+        """What is kept at the fullest moment: at the end of the forward pass, or while a layer is made again."""
         moments = [_sum(moment) for moment in (self.kept, *self.peaks)]
         return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _sum(kept: dict[Paper, str]) -> dict[str, int]:
-    found = dict.fromkeys(KINDS, 0)
+    sums = dict.fromkeys(KINDS, 0)
     for paper, kind in kept.items():
-        found[kind] += paper.numel * paper.itemsize
-    return found
+        sums[kind] += paper.numel * paper.itemsize
+    return sums

@@ -41,11 +41,15 @@ def estimate(
 ) -> Breakdown:
     """The bytes of one training step: nothing is allocated, nothing runs.
 
-        estimate(transformers.LlamaConfig(), pefttutor.LoRA(r=8), batch_size=1, sequence_length=512,
-                 weight_dtype="bfloat16")
-
     total = weights + gradients + optimizer + activations, with N values in all and N_t that train
     (AdamW in float32: 4 N + 4 N_t + 8 N_t + activations)
+
+        estimate(transformers.LlamaConfig(), pefttutor.LoRA(r=8), weight_dtype="bfloat16")
+
+    >>> from transformers import GPT2Config
+    >>> needed = estimate(GPT2Config(), batch_size=1, sequence_length=512)
+    >>> needed.weights / needed.values, needed.gradients / needed.trained, needed.optimizer / needed.trained
+    (4.0, 4.0, 8.0)
 
     model_or_config: a transformers model, or a config, whose model is then built without values: of the class that
         its `architectures` names where the estimator knows that one's head, else the usual one for training. A model
@@ -53,15 +57,16 @@ def estimate(
         the embedding, which T5 1.1 and mT5 don't; give a model with its own lm_head then.
     method: attached to a copy without values; None trains everything (or what the model trains already).
     target_length: tokens of an encoder-decoder's labels (None: as many as sequence_length).
-    weight_dtype: of the base (None: as the model is; float32 for a config). adapter_dtype, gradient_dtype,
-        optimizer_dtype: None takes what `attach` made, and the dtype of the parameter, as PyTorch does.
-    optimizer: adamw, adam, momentum or sgd. master_weights: a float32 copy of what trains in 16 bits, which
-        mixed-precision trainers keep with the optimizer.
+    weight_dtype: the dtype of the base (None: as the model is; float32 for a config). adapter_dtype: None takes what
+        `attach` made. gradient_dtype, optimizer_dtype: None takes the dtype of the parameter, as PyTorch does.
+    optimizer: adamw, adam, momentum or sgd. master_weights: whether there is a float32 copy of what trains in 16 bits,
+        which mixed-precision trainers keep with the optimizer.
     quantization: nf4, nf4-double or int8 for the frozen linear layers, the output head left out.
     attention: eager, sdpa or flash_attention_2 (None: sdpa where the architecture has it, else eager).
     padding: whether the texts of a batch differ in length. Under sdpa every layer then keeps a mask, and repeats keys
         and values that heads share; so it does without padding where a sliding window is no longer than the sequence.
-    gradient_checkpointing: every transformer layer, as transformers does (None: as the model is).
+    gradient_checkpointing: whether every transformer layer is made again for its backward pass, as transformers does it
+        (None: as the model is).
     loss: `losses.causal_lm_loss`, or None for the model's own.
     logits_copies: how many float32 tensors as large as the logits exist at once; autograd keeps 1.
     device: where the step would run: dropout masks and fused attention differ between cuda and cpu.
@@ -69,9 +74,9 @@ def estimate(
     Not counted: a CUDA context, fragmentation, what operations only pass through, and autocast,
     which keeps 16-bit copies beside float32 weights: dtypes are taken as they are.
     Shapes: ids (batch_size, sequence_length); a ViT takes its length from its picture.
-    Raises: ValueError for an unknown architecture, dtype, optimizer or attention, a sequence beyond the model's
-        positions, a config that contradicts itself, a method that trains or wraps what the formulas don't reach;
-        TypeError for what is no method; what `attach` raises.
+    Raises: ValueError for an unknown architecture, dtype, optimizer or attention, for a sequence beyond the model's
+        positions, for a config that contradicts itself, and for a method that trains or wraps what the formulas don't
+        reach; TypeError for what is no method; what `attach` raises.
     """
     whole(batch_size=batch_size, sequence_length=sequence_length, logits_copies=logits_copies)
     target_length = sequence_length if target_length is None else target_length
@@ -114,7 +119,7 @@ def estimate(
 
 
 def _walked(tape: Tape, model: Any, step: Step) -> Paper:
-    """One forward pass on the tape; the logits. Raises: ValueError where it can't see all that trains."""
+    """The logits, after one forward pass on the tape. Raises: ValueError where it can't see all that trains."""
     instead = "Measure it instead: pefttutor.memory.measure(step, model=model)."
     try:
         logits = head(tape, model, FAMILIES[model.config.model_type](tape, model, step), step)

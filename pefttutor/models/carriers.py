@@ -14,14 +14,20 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Carrier:
-    """A file or folder inside a package: the module's name, the path in it, and how to install the package."""
+    """A file or folder inside a package: the module's name, the path in it, and how to install the package.
+
+    >>> Carrier("torch", "version.py", "pip install torch").find().name
+    'version.py'
+    >>> Carrier("torch", "no_such_file", "pip install torch").find() is None
+    True
+    """
 
     module: str
     path: str
     install: str
 
     def find(self) -> Path | None:
-        """Its path if the package is installed; nothing is imported."""
+        """Its path if the package is installed and has it, else None; nothing is imported."""
         spec = importlib.util.find_spec(self.module)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / self.path).exists():
@@ -45,26 +51,40 @@ TASKS = {
 
 
 def root() -> Path:
-    """The folder with `models` and `tasks`: in the wheel, beside the package in a clone, or PEFTTUTOR_DATA."""
-    chosen = os.environ.get("PEFTTUTOR_DATA")
-    if chosen:
-        return Path(chosen)
+    """The folder that holds `models` and `tasks`.
+
+    It lies in the wheel, or beside the package in a clone, or where the environment's PEFTTUTOR_DATA says.
+
+    >>> (root() / "models" / "SHA256SUMS").is_file()
+    True
+    """
+    if folder := os.environ.get("PEFTTUTOR_DATA"):
+        return Path(folder)
     package = Path(__file__).parents[1]
     embedded = package / "embedded"
     return embedded if embedded.is_dir() else package.parent / "data"
 
 
 def embedded_names(kind: str) -> list[str]:
-    """What is embedded: the folders under `models` or `tasks`, and those that their SHA256SUMS lists."""
+    """What is embedded: the folders under `models` or `tasks`, and those that their SHA256SUMS lists.
+
+    >>> "campus-small" in embedded_names("models")
+    True
+    """
     folder = root() / kind
-    found = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    present = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
     sums = folder / "SHA256SUMS"  # lists what should be here, also when a folder is lost
     lines = sums.read_text().splitlines() if sums.is_file() else []
-    return sorted(found | {line.split()[1].partition("/")[0] for line in lines if "/" in line})
+    return sorted(present | {line.split()[1].partition("/")[0] for line in lines if "/" in line})
 
 
 def not_found(name: str, kind: str, carriers: dict[str, Carrier], reason: str = "") -> FileNotFoundError:
-    """The error that lists every way to get a model or task."""
+    """The error that lists every way to get a model or task.
+
+    >>> for line in str(not_found("campus-smal", "models", MODELS)).splitlines()[:2]: print(line)
+    there is no model 'campus-smal'.
+    Did you mean 'campus-small'?
+    """
     embedded = embedded_names(kind)
     close = closest(name, [*embedded, *carriers])
     lines = [f"there is no {kind[:-1]} {name!r}{reason}."]
@@ -84,6 +104,10 @@ def not_found(name: str, kind: str, carriers: dict[str, Carrier], reason: str = 
 
 
 def closest(name: str, known: Collection[str]) -> str | None:
-    """The known name that a wrong one was probably meant to be."""
-    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
-    return found[0] if found else None
+    """The known name that a wrong one was probably meant to be, or None.
+
+    >>> closest("Campus-smal", ["campus-nano", "campus-small"]), closest("gpt2", ["campus-small"])
+    ('campus-small', None)
+    """
+    matches = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
+    return matches[0] if matches else None

@@ -10,7 +10,10 @@ _conversions: dict[tuple[Path, int], tempfile.TemporaryDirectory[str]] = {}  # g
 
 
 def converted(path: Path) -> str:
-    """A .gguf file as a temporary folder of safetensors: its slow reader runs once a process, not at each load."""
+    """A .gguf file as a temporary folder of safetensors, so that its slow reader runs once a process, not at each load.
+
+    Cost: half a minute for the first load of a file.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
     key = (path, path.stat().st_mtime_ns)

@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 def verify(folder: Path) -> None:
-    """Compare the files of an embedded model with SHA256SUMS; each file once a process.
+    """Compare the files of an embedded model with SHA256SUMS; each file is read once a process.
+
+    >>> verify(Path("nowhere") / "campus-small")
+    Traceback (most recent call last):
+    ValueError: nowhere/SHA256SUMS is missing; restore it with `git checkout -- data/models/SHA256SUMS`
 
     Raises: ValueError that names a missing, truncated or altered file and the commands that restore it.
     """
@@ -23,10 +27,10 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise ValueError(f"{path} is missing; restore it with {restore}")
         size = path.stat().st_size
-        found = _sha256(path, size, path.stat().st_mtime_ns)
-        if found != digest:
+        computed = _sha256(path, size, path.stat().st_mtime_ns)
+        if computed != digest:
             raise ValueError(
-                f"{path} is truncated or altered: its {size:,} bytes have sha256 {found[:12]}…, expected "
+                f"{path} is truncated or altered: its {size:,} bytes have sha256 {computed[:12]}…, expected "
                 f"{digest[:12]}…; restore it with {restore}"
             )
 

@@ -20,7 +20,11 @@ NEW_HEAD_SEED = 0  # a drawn head is the same in every process, whatever was dra
 
 
 def names() -> list[str]:
-    """The names of the embedded models."""
+    """The names of the embedded models.
+
+    >>> "campus-small" in names()
+    True
+    """
     return embedded_names("models")
 
 
@@ -34,11 +38,17 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model, in eval mode, and its tokenizer; prints nothing and leaves the random generators alone.
 
+        model, tokenizer = load("campus-small", head="classification", labels=["bad", "good"])
+
+    >>> load("campus-small", head="poem")
+    Traceback (most recent call last):
+    ValueError: head='poem', expected one of lm, classification, tagging, none
+
     name_or_path: an embedded model (`names()`), "smollm2-135m-instruct" or "all-minilm-l6-v2" when the package
         that carries it is installed, the path of a folder or .gguf file, or the id of a model on the hub.
     head: "lm" (predicts tokens), "classification" (one of num_labels classes a text), "tagging" (one a token) or
-        "none" (hidden states only). What the files don't hold is drawn N(0, initializer_range) from a fixed seed;
-        biases are 0.
+        "none" (hidden states only). What the files don't hold is drawn from N(0, initializer_range) with a fixed
+        seed; biases are 0.
     labels: the names of the classes; then num_labels may be left out.
 
     Cost: a .gguf is converted once a process, into a temporary folder; that takes half a minute.

@@ -60,8 +60,13 @@ def _sample(tensor: Tensor) -> list[float]:
     if tensor.numel() == 0:
         return []
     places = torch.linspace(0, tensor.numel() - 1, SAMPLES, dtype=torch.float64).round().long()
-    index = torch.unravel_index(places.to(tensor.device), tensor.shape)  # flattening could copy the tensor
-    return tensor[index].float().tolist() if tensor.dim() else [tensor.float().item()]
+    if not tensor.dim():
+        return [tensor.float().item()]
+    index: list[Tensor] = []
+    for size in reversed(tensor.shape):  # flattening could copy the tensor; torch.unravel_index imports sympy
+        index.insert(0, (places % size).to(tensor.device))
+        places = places // size
+    return tensor[tuple(index)].float().tolist()
 
 
 def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -38,6 +38,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
 
     An interruption leaves what was there before. An adapter already in the folder is replaced.
 
+    >>> from tempfile import TemporaryDirectory; from pefttutor.lowrank import LoRA
+    >>> model = LoRA(r=2, target_modules=("0",)).attach(nn.Sequential(nn.Linear(6, 4)))
+    >>> with TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in save(model, folder).iterdir())
+    ['adapter.json', 'adapter.safetensors']
+
     Raises: ValueError if there is no such attachment, or several and no name; RuntimeError if it is merged into the
         weights, or switched off.
     """
@@ -54,15 +60,23 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
         )
     tensors = attachment.tensors(model)
     text = json.dumps(description(model, attachment.name), indent=1)
-    whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = Path(folder)
-    write_atomically(folder / TENSORS, to_bytes(whole, metadata={"pefttutor": text}))
+    write_atomically(folder / TENSORS, to_bytes(on_cpu, metadata={"pefttutor": text}))
     write_atomically(folder / DESCRIPTION, text)
     return folder
 
 
 def description(model: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """What an attachment is, and on which base: all that a file says beside the tensors."""
+    """What an attachment is, and on which base it stands: all that a file says beside the tensors.
+
+    >>> from pefttutor.lowrank import LoRA
+    >>> about = description(LoRA(r=2, target_modules=("0",)).attach(nn.Sequential(nn.Linear(6, 4))))
+    >>> about["method"], about["fields"]["r"], list(about["base"])
+    ('LoRA', 2, ['0.weight', '0.bias'])
+
+    Raises: ValueError if there is no such attachment, or several and no name.
+    """
     attachment = find(model, name)
     return {
         "format": FORMAT,
@@ -75,10 +89,17 @@ def description(model: nn.Module, name: str | None = None) -> dict[str, Any]:
 def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT) -> nn.Module:
     """Attach the method saved in `folder` to the base `model`, with what it had learned, and return the model.
 
-    name: of the attachment in this model, whatever it was called where it was saved.
+    name: what the attachment is called in this model, whatever it was called where it was saved.
 
-    Raises: FileNotFoundError, or ValueError for a damaged or foreign file, another base than it was trained on, or a
-        name in use. The model is as it was then.
+    >>> from copy import deepcopy; from tempfile import TemporaryDirectory; from pefttutor.lowrank import LoRA
+    >>> base = nn.Sequential(nn.Linear(6, 4))
+    >>> model = LoRA(r=2, target_modules=("0",)).attach(deepcopy(base))
+    >>> with TemporaryDirectory() as folder:
+    ...     load(base, save(model, folder))[0].lora_A.equal(model[0].lora_A)
+    True
+
+    Raises: FileNotFoundError if there is no such file; ValueError for a damaged or foreign file, another base than it
+        was trained on, or a name in use. The model is then as it was.
     """
     path = Path(folder) / TENSORS
     about, tensors = _read(path)
@@ -88,9 +109,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAUL
     with restored_on_error(model):
         _attach(model, _resolved(method, tensors, about["base"]), tensors, name)
         attachment = find(model, name)
-        into = attachment.tensors(model)
-        _check_tensors(into, tensors, path)
-    for key, tensor in into.items():
+        fresh = attachment.tensors(model)
+        _check_tensors(fresh, tensors, path)
+    for key, tensor in fresh.items():
         tensor.copy_(tensors[key])
     for part in attachment.parts:
         part.loaded()
@@ -127,9 +148,9 @@ def _within(key: str, modules: Collection[str]) -> bool:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors in the file, which may be anything."""
     if not path.is_file():
-        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else None
-        found = "the folder doesn't exist" if there is None else f"the folder has {there or 'nothing'}"
-        raise FileNotFoundError(f"{path} doesn't exist: {found}. pefttutor.save(model, folder) writes it.")
+        files = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else None
+        folder = "the folder doesn't exist" if files is None else f"the folder has {files or 'nothing'}"
+        raise FileNotFoundError(f"{path} doesn't exist: {folder}. pefttutor.save(model, folder) writes it.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -160,16 +181,16 @@ def _method(description: dict[str, Any], path: Path) -> Method:
         raise ValueError(f"{path} has a description that doesn't fit {name}: {error}") from error
 
 
-def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is too much" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        one, other = expected[name], found[name]
-        if one.shape != other.shape:
-            problems.append(f"{name} has the shape {tuple(other.shape)}, not {tuple(one.shape)}")
-        elif one.is_floating_point() != other.is_floating_point():
-            problems.append(f"{name} is of {other.dtype}, not of {one.dtype}")
-        elif other.is_floating_point() and not other.isfinite().all():
+def _check_tensors(expected: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in saved]
+    problems += [f"{name} is too much" for name in saved if name not in expected]
+    for name in expected.keys() & saved.keys():
+        needed, read = expected[name], saved[name]
+        if needed.shape != read.shape:
+            problems.append(f"{name} has the shape {tuple(read.shape)}, not {tuple(needed.shape)}")
+        elif needed.is_floating_point() != read.is_floating_point():
+            problems.append(f"{name} is of {read.dtype}, not of {needed.dtype}")
+        elif read.is_floating_point() and not read.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -15,6 +15,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str | Callab
     `content` is what to write (text becomes UTF-8), or a function that writes to the path it is given; that
     path has the same suffix, because some writers choose their format by it. Missing folders are made.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder, "new", "notes.txt"), "α = 16").read_text(encoding="utf-8")
+    'α = 16'
+
     Raises: whatever writing raises; then the temporary file is gone and `path` is as it was.
     """
     path = Path(path)
@@ -25,9 +30,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str | Callab
             content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with temporary.open(
-            "rb+"
-        ) as file:  # on disk before the name points to it, or a power cut leaves it empty
+        # It must be on disk before the name points to it, or a power cut leaves it empty.
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

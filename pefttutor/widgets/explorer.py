@@ -28,12 +28,11 @@ _PICTURE = """<figure style="margin:0">
 class Explorer:
     """Call `draw(**values)` whenever a control moves, and show the figure that it returns.
 
-        def draw(rank, layer):
-            picture = style.Picture(6, 3, alt=f"layer {layer} at rank {rank}")
-            ...
-            return picture
-
-        Explorer(draw, "What each rank keeps", rank=range(1, 9), layer=["q_proj", "v_proj"])
+    >>> def draw(rank, layer):
+    ...     return style.Picture(6, 3, alt=f"{layer} at rank {rank}")
+    >>> explorer = Explorer(draw, "What each rank keeps", rank=range(1, 9), layer=["q_proj", "v_proj"])
+    >>> explorer.set(rank=5).caption
+    'q_proj at rank 5'
 
     draw:     returns a matplotlib figure (made without pyplot); its `alt`, if it has one, is written under it.
     alt:      one fixed sentence that says what the picture shows; a notebook stores it beside the PNG.
@@ -50,7 +49,7 @@ class Explorer:
     def __init__(self, draw: Callable[..., Figure], alt: str, **controls: Any) -> None:
         self.alt = alt
         self.error: Exception | None = None
-        self.controls = {name: _control(name, given) for name, given in controls.items()}
+        self.controls = {name: _control(name, values) for name, values in controls.items()}
         self._draw = draw
         self._message, self._picture = ipywidgets.HTML(), ipywidgets.HTML()
         row = ipywidgets.HBox(
@@ -135,9 +134,9 @@ class Explorer:
     def _show_error(self, error: Exception) -> None:
         self.error = error
         where = traceback.extract_tb(error.__traceback__)[-1]
-        still = ", ".join(f"{name} = {value}" for name, value in self._drawn.items())
+        drawn = ", ".join(f"{name} = {value}" for name, value in self._drawn.items())
         text = html.escape(f"{type(error).__name__}: {error}  (line {where.lineno} in {where.name})")
-        self._message.value = _ERROR.format(f"<b>{text}</b><br>The picture still shows {html.escape(still)}.")
+        self._message.value = _ERROR.format(f"<b>{text}</b><br>The picture still shows {html.escape(drawn)}.")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         """A fixed sentence, the picture, and the live widget; the first two are what a notebook keeps."""
@@ -150,24 +149,25 @@ class Explorer:
         return data, metadata
 
 
-def _control(name: str, given: Any) -> ipywidgets.Widget:
+def _control(name: str, values: Any) -> ipywidgets.Widget:
     """The ipywidgets control for one keyword of Explorer. Only what ipywidgets 7.7 and 8 share is used."""
     label = name.replace("_", " ")
     look = {"description": label, "style": {"description_width": "initial"}}
-    if isinstance(given, ipywidgets.Widget):
-        given.description = given.description or label
-        return given
-    if isinstance(given, bool):
-        return ipywidgets.Checkbox(given, indent=False, **look)
-    if isinstance(given, range) and len(given) > 0:
-        low, high = min(given), max(given)
+    if isinstance(values, ipywidgets.Widget):
+        values.description = values.description or label
+        return values
+    if isinstance(values, bool):
+        return ipywidgets.Checkbox(values, indent=False, **look)
+    if isinstance(values, range) and len(values) > 0:
+        low, high = min(values), max(values)
         # One drawing when the handle is let go, not a queue of them.
-        step = {"step": abs(given.step), "continuous_update": False}
-        return ipywidgets.IntSlider(value=given[0], min=low, max=high, **step, **look)
-    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0:
-        return ipywidgets.Dropdown(options=list(given), layout=ipywidgets.Layout(width="max-content"), **look)
+        step = {"step": abs(values.step), "continuous_update": False}
+        return ipywidgets.IntSlider(value=values[0], min=low, max=high, **step, **look)
+    if isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0:
+        layout = ipywidgets.Layout(width="max-content")
+        return ipywidgets.Dropdown(options=list(values), layout=layout, **look)
     raise ValueError(
-        f"control {name!r}: got {given!r}, expected a non-empty range, a sequence of options, a bool or a widget"
+        f"control {name!r}: got {values!r}, expected a non-empty range, a sequence of options, a bool or a widget"
     )
 
 

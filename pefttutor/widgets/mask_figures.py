@@ -18,13 +18,17 @@ Masks = Mapping[str, Tensor]
 
 
 def draw_overview(choices: Mapping[str, Masks]) -> Picture:
-    """Share of chosen entries by layer and by kind of tensor, and how far the choices overlap."""
+    """Share of chosen entries by layer and by kind of tensor, and how far the choices overlap.
+
+    >>> draw_overview({"diagonal": {"weight": torch.eye(4).bool()}}).alt
+    'Share of entries that train: diagonal 25.00%.'
+    """
     names = list(choices)
     totals = {n: share(masks, dict.fromkeys(masks, ""))[""] for n, masks in choices.items()}
-    said = ", ".join(f"{name} {total:.2%}" for name, total in totals.items())
+    shares = ", ".join(f"{name} {total:.2%}" for name, total in totals.items())
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     shared = {pair: overlap(choices[pair[0]], choices[pair[1]]) for pair in pairs}
-    alt = f"Share of entries that train: {said}."
+    alt = f"Share of entries that train: {shares}."
     if shared:
         least, most = min(shared, key=lambda p: shared[p]), max(shared, key=lambda p: shared[p])
         alt += f" Overlap from {shared[least]:.0%} ({', '.join(least)}) to {shared[most]:.0%} ({', '.join(most)})."
@@ -48,8 +52,8 @@ def _draw_shares(axes: Axes, shares: Mapping[str, Mapping[str, float]], title: s
         places = numpy.arange(len(groups)) + (i - (len(shares) - 1) / 2) * width
         heights = [100 * values[group] for group in groups]
         axes.bar(places, heights, width, label=name, color=colours[i % len(colours)])
-    some = [100 * value for values in shares.values() for value in values.values() if value > 0]
-    if some and max(some) > 20 * min(some):  # all biases next to 1 % of the matrices
+    positive = [100 * value for values in shares.values() for value in values.values() if value > 0]
+    if positive and max(positive) > 20 * min(positive):  # all biases next to 1 % of the matrices
         axes.set_yscale("log")
     else:
         axes.margins(y=0.3)  # room for the legend
@@ -77,7 +81,12 @@ def _draw_overlap(axes: Axes, names: list[str], shared: Mapping[tuple[str, str],
 
 
 def draw_tensor(method: str, other: str, tensor: str, one: Masks, two: Masks) -> Picture:
-    """One tensor's mask as a map, the shares by block and by kind, and the overlap with another choice."""
+    """One tensor's mask as a map, the shares by block and by kind, and the overlap with another choice.
+
+    >>> mask = torch.eye(4).bool()
+    >>> draw_tensor("this", "that", "weight", {"weight": mask}, {"weight": ~mask}).alt[-62:]
+    'It shares 0% of its entries with that; chance would share 75%.'
+    """
     mask = one[tensor]
     here, everywhere = mask.float().mean().item(), share(one, dict.fromkeys(one, ""))[""]
     common = overlap(one, two)
@@ -110,7 +119,11 @@ def _chance(one: Masks, two: Masks) -> float:
 
 
 def shrunk(mask: Tensor) -> numpy.ndarray:
-    """A mask as a picture of at most CELLS × CELLS: each cell the share of chosen entries in its block."""
+    """A mask as a picture of at most CELLS × CELLS; each cell is the share of chosen entries in its block.
+
+    >>> shrunk(torch.eye(200).bool()).shape, shrunk(torch.ones(5).bool()).shape
+    ((96, 96), (1, 5))
+    """
     flat = mask.float().reshape(mask.shape[0], -1) if mask.dim() > 1 else mask.float().reshape(1, -1)
     size = (min(CELLS, flat.shape[0]), min(CELLS, flat.shape[1]))
     return torch.nn.functional.adaptive_avg_pool2d(flat[None, None], size)[0, 0].numpy()

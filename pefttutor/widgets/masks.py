@@ -18,14 +18,19 @@ FRACTIONS = (0.001, 0.005, 0.02, 0.1, 0.3)
 
 
 class _Masks:
-    """`widgets.masks.figure(choices)` is the static picture, `widgets.masks(choices)` the explorer."""
+    """`widgets.masks.figure(choices)` is the static picture, `widgets.masks(choices)` the explorer.
+
+    >>> masks.figure({"weight": torch.tensor([0.1, 0.9, 0.5, 0.3])}, fraction=0.25).alt
+    'Share of entries that train: mask 25.00%.'
+    """
 
     def figure(self, source: Any, *, fraction: float = 0.005) -> Picture:
-        """Share of chosen entries by block and kind of tensor, and the overlaps. Arguments as for `masks`."""
-        found = choices(source)
+        """Share of chosen entries by block and kind of tensor, and the overlaps. The arguments are those of `masks`."""
+        by_choice = choices(source)
         _check(fraction)
+        chosen = {name: at_fraction(tensors, fraction) for name, tensors in by_choice.items()}
         with paper():
-            return draw_overview({name: at_fraction(tensors, fraction) for name, tensors in found.items()})
+            return draw_overview(chosen)
 
     def __call__(
         self, source: Any, *, fractions: Sequence[float] = FRACTIONS, tensor: str | None = None
@@ -42,19 +47,19 @@ class _Masks:
 
         Raises: ValueError for anything else, NaN among scores, a fraction outside (0, 1], an unknown tensor.
         """
-        found = choices(source)
-        names, methods = list(next(iter(found.values()))), list(found)
+        by_choice = choices(source)
+        names, methods = list(next(iter(by_choice.values()))), list(by_choice)
         for fraction in fractions:
             _check(fraction)
         if tensor is None:
-            shapes = next(iter(found.values()))
-            tensor = next((n for n in names if shapes[n].dim() == 2), names[0])
+            first = next(iter(by_choice.values()))
+            tensor = next((n for n in names if first[n].dim() == 2), names[0])
         if tensor not in names:
             raise ValueError(f"there is no tensor {tensor!r}; there are {', '.join(names[:8])}, …")
 
         @lru_cache(maxsize=16)
         def masks(method: str, fraction: float) -> dict[str, torch.Tensor]:
-            return at_fraction(found[method], fraction)
+            return at_fraction(by_choice[method], fraction)
 
         def draw(method: str, compare_with: str, tensor: str, fraction: float = 1.0) -> Picture:
             return draw_tensor(
@@ -66,7 +71,7 @@ class _Masks:
             "compare_with": [*methods[1:], methods[0]],
             "tensor": [tensor, *(n for n in names if n != tensor)],
         }
-        if any(t.is_floating_point() for tensors in found.values() for t in tensors.values()):
+        if any(t.is_floating_point() for tensors in by_choice.values() for t in tensors.values()):
             controls["fraction"] = list(fractions)
         return Explorer(draw, _ALT, **controls)
 

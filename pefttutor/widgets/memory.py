@@ -28,12 +28,17 @@ _CHOICES = {
 
 
 class _Memory:
-    """`widgets.memory.figure(model, method)` is the static picture, `widgets.memory()` the explorer."""
+    """`widgets.memory.figure(model, method)` is the static picture, `widgets.memory()` the explorer.
+
+    >>> memory.figure(model="GPT-2", gpu="TPU")
+    Traceback (most recent call last):
+    ValueError: gpu is 'TPU'; it can be T4, RTX 4090, A100 80 GB, H100
+    """
 
     def figure(
         self, *, gpu: str = "A100 80 GB", methods: Mapping[str, Any] | None = None, **setting: Any
     ) -> Picture:
-        """One setting against the lines of GPUs. Arguments: as the explorer's controls.
+        """One setting against the lines of GPUs. The arguments are the explorer's controls.
 
         Raises: ValueError for a name that isn't among the choices; what `memory.estimate` raises.
         """
@@ -51,7 +56,7 @@ class _Memory:
         methods: {name: method}, None for full fine-tuning; without it, full fine-tuning, LoRA and parts of the model.
         Everything else sets where a control starts. Estimates: nothing is allocated (`pefttutor.memory.estimate`).
 
-        Raises: as `figure`.
+        Raises: what `figure` raises.
         """
         chosen, gpu, methods = _checked(gpu, methods, setting)
         options = _options(methods) | {"gpu": tuple(GPUS)}

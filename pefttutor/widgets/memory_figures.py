@@ -40,7 +40,12 @@ MOST_LETTERS = 50  # of a line beside its number
 def draw_memory(
     setting: Setting, bars: Mapping[str, Breakdown], gpu: str, changes: Sequence[Change]
 ) -> Picture:
-    """`bars` by name, the chosen one last; `changes` as `advice` gives them, empty when it fits."""
+    """The picture of a setting: `bars` by name, the chosen one last; `changes` as `advice` gives them, none if it fits.
+
+    >>> setting, bars = Setting("GPT-2", "full fine-tuning"), {"full fine-tuning": Breakdown(weights=8 * GIB)}
+    >>> draw_memory(setting, bars, "T4", changes=[]).alt[:77]
+    'GPT-2, full fine-tuning: 8.00 GiB, fits the T4 with 5.60 GiB to spare (14.6 G'
+    """
     name, chosen = list(bars.items())[-1]
     total, capacity = chosen.total / GIB, GPUS[gpu]
     spare = capacity - RESERVE - total

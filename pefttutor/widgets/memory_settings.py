@@ -98,7 +98,11 @@ _FLOAT32, _BFLOAT16, _MIXED, _NF4 = PRECISIONS
 
 @dataclass(frozen=True)
 class Setting:
-    """One position of the widget's controls."""
+    """One position of the widget's controls.
+
+    >>> Setting("Llama-2-7B", "full fine-tuning").batch_size
+    1
+    """
 
     model: str
     method: str
@@ -111,7 +115,11 @@ class Setting:
 
 
 def needs(setting: Setting, methods: Mapping[str, Any]) -> Breakdown:
-    """`memory.estimate` of a setting; what was computed once is kept. Raises: ValueError as `estimate` does."""
+    """`memory.estimate` of a setting; what was computed once is kept. Raises: ValueError as `estimate` does.
+
+    >>> needs(Setting("GPT-2", "full fine-tuning"), METHODS).trained
+    124439808
+    """
     return _needs(setting, _Named(repr(methods[setting.method]), methods[setting.method]))
 
 
@@ -124,7 +132,11 @@ class _Named:
 
 
 def attention_of(setting: Setting) -> str:
-    """The attention that is computed: transformers has one way only for BLOOM's."""
+    """The attention that is computed: transformers has one way only for BLOOM's.
+
+    >>> attention_of(Setting("BLOOM-7B1", "full fine-tuning", attention="sdpa"))
+    'eager'
+    """
     return "eager" if setting.model.startswith("BLOOM") else setting.attention
 
 
@@ -144,7 +156,11 @@ def _needs(setting: Setting, named: _Named) -> Breakdown:
 
 @dataclass(frozen=True)
 class Change:
-    """What to change, what the step needs then, and whether that fits."""
+    """What to change, how many bytes the step needs then, and whether that fits.
+
+    >>> Change("gradient checkpointing", total=2**30, fits=True).words
+    'gradient checkpointing'
+    """
 
     words: str
     total: int
@@ -152,8 +168,12 @@ class Change:
 
 
 def advice(setting: Setting, methods: Mapping[str, Any], capacity_gib: float) -> list[Change]:
-    """Each change that saves something, by itself; then, if none is enough, one after the other until it fits."""
+    """Each change that saves something, by itself; then, if none is enough, one after the other until it fits.
 
+    >>> setting = Setting("GPT-2", "full fine-tuning", length=128)
+    >>> [change.words for change in advice(setting, {"full fine-tuning": None}, capacity_gib=2)]
+    ['gradient checkpointing']
+    """
     limit = int((capacity_gib - RESERVE) * GIB)
 
     def tried(words: str, changed: Setting) -> Change:
@@ -163,12 +183,11 @@ def advice(setting: Setting, methods: Mapping[str, Any], capacity_gib: float) ->
     before = needs(setting, methods).total
     if tried("", setting).fits:
         return []
-    found = [tried(words, replace(setting, **values)) for words, values in _moves(setting, methods, limit)]
-    found = sorted(
-        (change for change in found if change.total < 0.99 * before), key=lambda change: change.total
-    )
-    if any(change.fits for change in found):
-        return found
+    single = [tried(words, replace(setting, **values)) for words, values in _moves(setting, methods, limit)]
+    helpful = [change for change in single if change.total < 0.99 * before]
+    helpful.sort(key=lambda change: change.total)
+    if any(change.fits for change in helpful):
+        return helpful
     together, words = setting, []
     while move := next(iter(_moves(together, methods, limit)), None):
         total = needs(together, methods).total
@@ -177,8 +196,8 @@ def advice(setting: Setting, methods: Mapping[str, Any], capacity_gib: float) ->
             words.append(move[0])
         together = changed
         if (change := tried(" + ".join(words), together)).fits:
-            return [*found, change]
-    return found
+            return [*helpful, change]
+    return helpful
 
 
 def _moves(setting: Setting, methods: Mapping[str, Any], limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -203,9 +222,8 @@ def _moves(setting: Setting, methods: Mapping[str, Any], limit: int) -> Iterator
 
 def _batch_that_fits(setting: Setting, methods: Mapping[str, Any], limit: int) -> int:
     """The largest power of two below the batch that fits, or 1. What a step needs is a line in its batch."""
-    one, all_of_it = (
-        needs(replace(setting, batch_size=size), methods).total for size in (1, setting.batch_size)
-    )
-    each = (all_of_it - one) / (setting.batch_size - 1)
-    largest = min(setting.batch_size - 1, 1 + (limit - one) // each)
+    of_one = needs(replace(setting, batch_size=1), methods).total
+    of_all = needs(setting, methods).total
+    each = (of_all - of_one) / (setting.batch_size - 1)
+    largest = min(setting.batch_size - 1, 1 + (limit - of_one) // each)
     return 2 ** int(math.log2(largest)) if largest >= 1 else 1

@@ -9,17 +9,20 @@ def place(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Row (layer) and column (module) of each dotted name: "model.layers.3.self_attn.q_proj" is ("3", "q_proj").
 
     The first number that something follows is the layer; names are as short as they can be and stay different.
+
+    >>> place(["layers.3.attn.out", "layers.3.mlp.out"])
+    {'layers.3.attn.out': ('3', 'attn.out'), 'layers.3.mlp.out': ('3', 'mlp.out')}
     """
     split: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {}
     for name in names:
         parts = tuple(name.split("."))
         at = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
         split[name] = ((), "", parts) if at is None else (parts[:at], parts[at], parts[at + 1 :])
-    stack = _shortest(before for before, number, _ in split.values() if number)
+    block_list = _shortest(before for before, number, _ in split.values() if number)
     module = _shortest(after for _, _, after in split.values())
-    several = len(stack) > 1
+    several = len(block_list) > 1
     return {
-        name: (f"{stack[before]} {number}" if several and number else number or "–", module[after])
+        name: (f"{block_list[before]} {number}" if several and number else number or "–", module[after])
         for name, (before, number, after) in split.items()
     }
 

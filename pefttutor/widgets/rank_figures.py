@@ -19,7 +19,12 @@ MAX_SHOWN = 256  # rows and columns of a heat map; of a larger matrix every n-th
 
 
 def draw_overview(found: Mapping[str, Update]) -> Picture:
-    """Left: effective rank by layer and module. Right: the singular values of every layer."""
+    """On the left the effective rank by layer and module, on the right the singular values of every layer.
+
+    >>> import torch; from pefttutor.widgets.spectrum import decompose
+    >>> draw_overview({"layers.0.q_proj": decompose(torch.eye(4))}).alt[:74]
+    'Effective rank of ΔW in 1 layers, from 4.0 to 4.0 (median 4.0) of 4 direct'
+    """
     erank = {name: effective_rank(update.sigma) for name, update in found.items()}
     places = place(found)
     rows = list(dict.fromkeys(row for row, _ in places.values()))
@@ -70,10 +75,10 @@ def _paper_lines_between_cells(axes: Axes, shape: tuple[int, ...]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_spectra(axes: Axes, found: Mapping[str, Update], column: Mapping[str, str]) -> None:
+def _draw_spectra(axes: Axes, updates: Mapping[str, Update], column: Mapping[str, str]) -> None:
     columns = list(dict.fromkeys(column.values()))
     colours = list(OKABE_ITO.values())
-    for name, update in found.items():
+    for name, update in updates.items():
         which = columns.index(column[name])
         positive = update.sigma[update.sigma > 0].numpy()
         axes.plot(
@@ -92,7 +97,7 @@ def _draw_spectra(axes: Axes, found: Mapping[str, Update], column: Mapping[str, 
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    if not any(update.sigma.any() for update in found.values()):
+    if not any(update.sigma.any() for update in updates.values()):
         axes.text(0.5, 0.5, "ΔW = 0: nothing learnt yet", ha="center", transform=axes.transAxes)
         return
     axes.set_yscale("log")
@@ -107,7 +112,12 @@ def draw_layer(
     score_by_rank: Mapping[int, float] | None = None,
     score_name: str = "score",
 ) -> Picture:
-    """ΔW, what k directions keep of it, its singular values, and the score (or the kept share) by rank."""
+    """ΔW, what k directions keep of it, its singular values, and the score (or the kept share) by rank.
+
+    >>> import torch; from pefttutor.widgets.spectrum import decompose
+    >>> draw_layer("q_proj", decompose(torch.eye(4)), k=3).alt
+    'q_proj: rank 3 of 4 keeps 75 % of ‖ΔW‖². Effective rank 4.0, stable rank 4.0.'
+    """
     n = len(update.sigma)
     cut = min(k, n)
     erank, srank = effective_rank(update.sigma), stable_rank(update.sigma)
@@ -137,8 +147,8 @@ def draw_layer(
             "without ΔW", (1, without), xycoords=("axes fraction", "data"), ha="right", va="bottom"
         )
     else:
-        kept = {i: 100 * update.kept(i) for i in range(n + 1)}
-        _draw_by_rank(curve, kept, cut, ylabel="share of ‖ΔW‖² kept (%)")
+        percent_kept = {i: 100 * update.kept(i) for i in range(n + 1)}
+        _draw_by_rank(curve, percent_kept, cut, ylabel="share of ‖ΔW‖² kept (%)")
         curve.set_title("What a rank keeps of this layer")
     return picture
 
@@ -149,9 +159,8 @@ def _draw_matrices(left: Axes, right: Axes, scale: Axes, update: Update, k: int)
     rows, columns = slice(None, None, down), slice(None, None, across)
     whole = update.matrix(rows=rows, columns=columns).numpy()
     part = update.matrix(k, rows=rows, columns=columns).numpy()
-    limit = (
-        float(numpy.quantile(numpy.abs(whole), 0.995)) or 1.0
-    )  # a few large entries must not bleach the rest
+    # A few large entries must not bleach the rest.
+    limit = float(numpy.quantile(numpy.abs(whole), 0.995)) or 1.0
     for axes, values in ((left, whole), (right, part)):
         image = axes.imshow(
             values, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", extent=(0, into, out, 0)

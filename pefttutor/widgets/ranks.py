@@ -19,14 +19,20 @@ _ALT = "The rank of ΔW: one layer's matrix, what its leading singular direction
 
 
 class Scores:
-    """The model's score by rank, measured when asked for the first time. `by_rank` holds what has been measured."""
+    """The model's score by rank, measured when asked for the first time. `by_rank` holds what has been measured.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> rank_of_weight = lambda model: torch.linalg.matrix_rank(model[0].weight)
+    >>> Scores(model, updates({"0": model[0].weight}), rank_of_weight).measured(2)
+    {2: 2.0}
+    """
 
     def __init__(self, model: nn.Module, found: Mapping[str, Update], score: Callable[[Any], float]) -> None:
         self.by_rank: dict[int, float] = {}
         self._model, self._found, self._score = model, found, score
 
     def measured(self, rank: int) -> dict[int, float]:
-        """All that is known, `rank` among it."""
+        """All scores that are known by now, that of `rank` among them."""
         if rank not in self.by_rank:
             with torch.no_grad(), truncated(self._model, self._found, rank):
                 measured = float(self._score(self._model))
@@ -37,13 +43,17 @@ class Scores:
 
 
 class _Ranks:
-    """`widgets.ranks.figure(model)` is the static picture of all layers, `widgets.ranks(model)` the explorer."""
+    """`widgets.ranks.figure(model)` is the static picture of all layers, `widgets.ranks(model)` the explorer.
+
+    >>> ranks.figure({"q_proj": torch.eye(4)}).alt[:63]
+    'Effective rank of ΔW in 1 layers, from 4.0 to 4.0 (median 4.0) '
+    """
 
     def figure(self, source: Any, *, base: Any = None, modules: Sequence[str] | None = None) -> Picture:
-        """Effective rank by layer and module, and every spectrum. Arguments and errors: as `spectrum.updates`."""
-        found = updates(source, base=base, modules=modules)
+        """Effective rank by layer and module, and every spectrum. Arguments and errors are those of `updates`."""
+        by_layer = updates(source, base=base, modules=modules)
         with paper():
-            return draw_overview(found)
+            return draw_overview(by_layer)
 
     def __call__(
         self,
@@ -65,25 +75,25 @@ class _Ranks:
             afterwards, also after an exception.
         rank: where the slider starts.
 
-        Raises: as `updates`; ValueError for a rank out of range, or a score without a model to measure.
+        Raises: what `updates` raises; ValueError for a rank out of range, or a score without a model to measure.
         """
-        found = updates(source, base=base, modules=modules)
-        full = max(len(update.sigma) for update in found.values())
+        by_layer = updates(source, base=base, modules=modules)
+        full = max(len(update.sigma) for update in by_layer.values())
         if not 0 <= rank <= full:
             raise ValueError(f"rank={rank}: expected a rank from 0 to {full}")
         if score is not None and not isinstance(source, nn.Module):
             raise ValueError("score= needs the model that it is to measure; only matrices were given")
-        scores = Scores(source, found, score) if score else None
+        scores = Scores(source, by_layer, score) if score else None
         if scores:
             scores.measured(0)
             scores.measured(full)
 
         def draw(rank: int, layer: str) -> Picture:
             by_rank = scores.measured(rank) if scores else None
-            return draw_layer(layer, found[layer], rank, by_rank, score_name)
+            return draw_layer(layer, by_layer[layer], rank, by_rank, score_name)
 
         slider = ipywidgets.IntSlider(value=rank, min=0, max=full, continuous_update=False)
-        return Explorer(draw, _ALT, rank=slider, layer=list(found))
+        return Explorer(draw, _ALT, rank=slider, layer=list(by_layer))
 
 
 ranks = _Ranks()

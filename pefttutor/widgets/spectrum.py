@@ -24,6 +24,10 @@ Delta = Tensor | tuple[Tensor, Tensor, float]
 class Update:
     """ΔW = U diag(sigma) Vh of one layer, in float64 on the CPU.
 
+    >>> Update(torch.eye(2), torch.tensor([2.0, 1.0]), torch.eye(2)).matrix(1)
+    tensor([[2., 0.],
+            [0., 0.]])
+
     Shapes: U (out, n), sigma (n,) descending, Vh (n, in), with n the number of directions ΔW can have: r for LoRA.
     """
 
@@ -38,7 +42,7 @@ class Update:
         return (self.U[rows, :k] * self.sigma[:k]) @ self.Vh[:k, columns]
 
     def kept(self, k: int) -> float:
-        """Share of ‖ΔW‖²_F that the k leading directions hold: Σ_{i≤k} σ_i² / Σ σ_i²; 1 when ΔW = 0."""
+        """The share of ‖ΔW‖²_F that the k leading directions hold: Σ_{i≤k} σ_i² / Σ σ_i²; it is 1 when ΔW = 0."""
         total = self.sigma.square().sum()
         return float(self.sigma[:k].square().sum() / total) if total > 0 else 1.0
 
@@ -47,6 +51,9 @@ def effective_rank(sigma: Tensor) -> float:
     """How many directions ΔW uses, counted by the entropy of its singular values; 0 when ΔW = 0.
 
     erank(ΔW) = exp(−Σ_i p_i ln p_i),  p_i = σ_i / Σ_j σ_j.   It is k when k singular values are equal and the rest 0.
+
+    >>> effective_rank(torch.tensor([3.0, 3.0, 0.0, 0.0]))
+    2.0
 
     Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007, definition 1.
     """
@@ -59,6 +66,9 @@ def stable_rank(sigma: Tensor) -> float:
 
     srank(ΔW) = ‖ΔW‖²_F / ‖ΔW‖²_2 = Σ_i σ_i² / σ_1².   srank ≤ rank.
 
+    >>> stable_rank(torch.tensor([2.0, 1.0, 1.0]))
+    1.5
+
     Source: Rudelson and Vershynin, Sampling from large matrices, J. ACM 54(4), 2007 (there "numerical rank").
     """
     largest = sigma.max()
@@ -70,6 +80,11 @@ def decompose(delta: Delta) -> Update:
 
     B = Q_B R_B,  Aᵀ = Q_A R_A,  s R_B R_Aᵀ = U' diag(σ) V'ᵀ   ⇒   U = Q_B U',  V = Q_A V'.
 
+    >>> B, A = torch.ones(8, 2), torch.ones(2, 6)
+    >>> decompose((B, A, 0.5)).U.shape                                  # at most r = 2 directions
+    torch.Size([8, 2])
+
+    Shapes: B (out, r), A (r, in) → U (out, r), sigma (r), Vh (r, in).
     Cost: (out + in)·r² for factors; out·in·min(out, in) for a dense ΔW.
     """
     if isinstance(delta, Tensor):
@@ -88,6 +103,10 @@ def updates(source: Any, *, base: Any = None, modules: Sequence[str] | None = No
              or, with `base`, the model (or its state dict) after training.
     base:    the model or state dict before training: then ΔW = after − before of every matrix that changed.
     modules: only layers with these names, or whose dotted name ends in one of them.
+
+    >>> by_layer = updates({"q_proj": torch.diag(torch.tensor([1.0, 3.0]))})
+    >>> by_layer["q_proj"].sigma.tolist()
+    [3.0, 1.0]
 
     Raises: ValueError when nothing is adapted, a name is unknown, a ΔW isn't finite, or before and after don't match.
     """
@@ -109,6 +128,11 @@ def truncated(model: nn.Module, found: Mapping[str, Update], k: int) -> Iterator
     A layer with factors gets A' = Vh[:k], B' = U[:, :k] diag(σ) / s, the rest zero; another layer gets
     W − Σ_{i>k} σ_i u_i v_iᵀ. Parameters stay the same objects: their storage is exchanged, and put back also after an
     exception. A layer that has no more than k directions is left alone.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> with truncated(model, updates({"0": model[0].weight}), k=1):
+    ...     int(torch.linalg.matrix_rank(model[0].weight))
+    1
     """
     changed: list[tuple[Tensor, Tensor]] = []
 
@@ -156,13 +180,13 @@ def _low_rank(layer: Any) -> Any:
 
     Raises: ValueError if several do.
     """
-    found = [c for c in vars(layer).get("_changes", {}).values() if isinstance(c, LowRank) and c.on]
-    if len(found) > 1:
-        names = ", ".join(repr(change.name) for change in found)
+    changes = [c for c in vars(layer).get("_changes", {}).values() if isinstance(c, LowRank) and c.on]
+    if len(changes) > 1:
+        names = ", ".join(repr(change.name) for change in changes)
         raise ValueError(
             f"a layer is changed by {names}: switch all but one off to look at it, pefttutor.switch(model, …)"
         )
-    return found[0] if found else None
+    return changes[0] if changes else None
 
 
 def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -190,23 +214,23 @@ def _deltas(source: Any, base: Any) -> dict[str, Delta]:
             raise ValueError("the mapping is empty; expected {layer name: ΔW or (B, A, s)}")
         return dict(source)
     if not isinstance(source, nn.Module):
-        given = type(source).__name__
-        raise TypeError(f"expected a model or a mapping {{layer name: ΔW or (B, A, s)}}, got {given}")
+        kind = type(source).__name__
+        raise TypeError(f"expected a model or a mapping {{layer name: ΔW or (B, A, s)}}, got {kind}")
     factors = {name: _factors(layer) for name, layer in _modules(source)}
-    found: dict[str, Delta] = {name: three for name, three in factors.items() if three is not None}
-    if not found:
+    deltas: dict[str, Delta] = {name: factor for name, factor in factors.items() if factor is not None}
+    if not deltas:
         raise ValueError(
             f"no adapted layer in {type(source).__name__}: attach a method first, e.g. "
             "pefttutor.LoRA(r=8).attach(model); after full fine-tuning, give the model of before as base="
         )
-    return found
+    return deltas
 
 
 def _differences(before: Any, after: Any) -> dict[str, Delta]:
     old, new = _matrices(before), _matrices(after)
     if old.keys() != new.keys():
-        odd = sorted(old.keys() ^ new.keys())
-        raise ValueError(f"before and after don't have the same matrices: {odd[:4]} are in one only")
+        unmatched = sorted(old.keys() ^ new.keys())
+        raise ValueError(f"before and after don't have the same matrices: {unmatched[:4]} are in one only")
     for name in old:
         if old[name].shape != new[name].shape:
             shapes = f"{tuple(old[name].shape)} before and {tuple(new[name].shape)} after"

@@ -53,7 +53,11 @@ _PAPER = {
 
 @contextlib.contextmanager
 def paper() -> Iterator[None]:
-    """Draw with the kit's look, whatever style the notebook has set; the notebook's own comes back afterwards."""
+    """Draw with the kit's look, whatever style the notebook has set; the notebook's own comes back afterwards.
+
+    >>> with paper(): matplotlib.rcParams["axes.titlelocation"]
+    'left'
+    """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_PAPER)
@@ -65,6 +69,10 @@ class Picture(Figure):
 
     A notebook stores it as PNG at twice the screen's resolution and a fixed sentence, so that it is sharp, and the
     same text every time. Create it, and draw into it, inside `with paper():`.
+
+    >>> with paper(): picture = Picture(6, 3, alt="an empty picture")
+    >>> picture.alt, width_px(picture), height_px(picture)
+    ('an empty picture', 600, 300)
     """
 
     def __init__(self, width_in: float, height_in: float, *, alt: str, layout: Any = "constrained") -> None:
@@ -79,7 +87,10 @@ class Picture(Figure):
 def png(figure: Figure, *, scale: float = 2) -> bytes:
     """The figure as PNG bytes with `scale` image pixels for a pixel on the screen.
 
-    Cost: drawn once, where `savefig` draws twice; 256 colours, which makes notebooks a third of the size.
+    >>> png(Picture(1, 1, alt="an empty picture"))[1:4]
+    b'PNG'
+
+    Cost: it is drawn once, where `savefig` draws twice; it has 256 colours, which makes notebooks a third of the size.
     """
     dpi, canvas = figure.dpi, figure.canvas
     try:
@@ -97,14 +108,29 @@ def png(figure: Figure, *, scale: float = 2) -> bytes:
 
 
 def width_px(figure: Figure) -> int:
+    """How many pixels of the screen a figure is wide.
+
+    >>> width_px(Picture(6, 3, alt="an empty picture"))
+    600
+    """
     return round(figure.get_figwidth() * figure.dpi)
 
 
 def height_px(figure: Figure) -> int:
+    """How many pixels of the screen a figure is high.
+
+    >>> height_px(Picture(6, 3, alt="an empty picture"))
+    300
+    """
     return round(figure.get_figheight() * figure.dpi)
 
 
 def picture_bundle(figure: Figure, image: bytes, *, text: str, alt: str) -> tuple[dict, dict]:
-    """What Jupyter stores for a picture: a text, the PNG, and how wide it is shown with which alt text."""
+    """What Jupyter stores for a picture: a text, the PNG, and how wide it is shown with which alt text.
+
+    >>> picture = Picture(1, 1, alt="an empty picture")
+    >>> picture_bundle(picture, png(picture), text="a picture", alt=picture.alt)[1]
+    {'image/png': {'width': 100, 'alt': 'an empty picture'}}
+    """
     data = {"text/plain": text, "image/png": base64.b64encode(image).decode("ascii")}
     return data, {"image/png": {"width": width_px(figure), "alt": alt}}
