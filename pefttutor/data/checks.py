@@ -21,7 +21,7 @@ def check_examples(model: nn.Module, examples: Sequence[Any], name: str, *, need
     _check_example(examples[0], f"{name}[0]")
     if not needs_labels:
         return
-    known = _Known.of(model, examples[0])
+    known = _Labels.of(model, examples[0])
     lengths = set()
     for i in range(len(examples)):
         example, where = examples[i], f"{name}[{i}]"
@@ -85,7 +85,7 @@ def _check_example(first: Any, where: str) -> None:
 
 
 @dataclass
-class _Known:
+class _Labels:
     """What the model and its config say about labels; None where they don't say."""
 
     classes: int | None  # of a model that answers once a text or once a token
@@ -98,7 +98,7 @@ class _Known:
     lengths_differ: bool  # labels may be more or fewer than tokens
 
     @classmethod
-    def of(cls, model: nn.Module, example: Mapping[str, Tensor]) -> "_Known":
+    def of(cls, model: nn.Module, example: Mapping[str, Tensor]) -> "_Labels":
         config, kind = getattr(model, "config", None), type(model).__name__
         row = {key: value.unsqueeze(0) for key, value in example.items()}
         return cls(

@@ -1,12 +1,15 @@
 """`generate`: greedy answers to a list of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from pefttutor.data.batches import collate
 from pefttutor.data.encoding import prompt_ids
+from pefttutor.data.trial import close_enough
 
 __all__ = ["begun", "generate", "speaks"]
 
@@ -24,31 +27,67 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """Greedy continuations, up to the tokenizer's end token or one of those in the model's `generation_config`.
 
-    Batched with padding on the left, with a key-value cache. Prompts of similar length share a batch. A prompt longer
-    than `max_length` loses its start; an empty one is begun with the tokenizer's first token.
+    With a key-value cache; prompts of similar length share a batch, padded on the left, unless that changes what the
+    model says (it is tried on the shortest and the longest one). A prompt longer than `max_length` loses its start;
+    an empty one is begun with the tokenizer's first token.
 
     Raises: ValueError for an empty prompt if the tokenizer has no token to begin with.
     """
-    from transformers import GenerationConfig
-
-    device, ends = next(model.parameters()).device, _ends(model, tokenizer)
+    ends = _ends(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None and i >= 0), 0)
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad,
+    make = partial(
+        _made, model, pad, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
         eos_token_id=ends or None, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    encoded = [torch.tensor(begun(tokenizer, prompt_ids(tokenizer, p)[0])[-max_length:]) for p in prompts]
+    encoded = [begun(tokenizer, prompt_ids(tokenizer, prompt)[0])[-max_length:] for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    if len(order) > 1 and not _bears_company(
+        make, encoded[order[0]], encoded[order[-1]], close_enough(model)
+    ):
+        batch_size = 1
     answers = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [{"input_ids": encoded[i], "attention_mask": torch.ones_like(encoded[i])} for i in chosen]
-        batch = {key: value.to(device) for key, value in collate(rows, pad, "left").items()}
-        made = model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :]
+        made = make([encoded[i] for i in chosen], max_new_tokens=max_new_tokens)
         for i, ids in zip(chosen, made.tolist(), strict=True):
             stop = next((k for k, token in enumerate(ids) if token in ends), len(ids))
             answers[i] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
     return answers
+
+
+def _made(model: Any, pad: int, prompts: Sequence[list[int]], **settings: Any) -> Any:
+    """What `model.generate` adds to some prompts; with `output_logits`, the logits of its first token."""
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(**settings)
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(torch.tensor, prompts)]
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in collate(rows, pad, "left").items()}
+    with _plainly(model):
+        made = model.generate(**batch, generation_config=greedy)
+    return made.logits[0] if settings.get("output_logits") else made[:, batch["input_ids"].shape[1] :]
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Within the block the model's own settings, such as a penalty for repetition, add nothing to the given ones."""
+    own = getattr(model, "generation_config", None)
+    before = dict(vars(own)) if own is not None else {}
+    try:
+        if own is not None:
+            vars(own).update(vars(type(own)()))
+        yield
+    finally:
+        if own is not None:
+            vars(own).clear()
+            vars(own).update(before)
+
+
+def _bears_company(make: Callable[..., Any], short: list[int], long: list[int], exact: float) -> bool:
+    """Whether the short prompt has the same logits beside the long one: not in a model that counts padding as text."""
+    look = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    alone, beside = (make(prompts, **look)[0].float() for prompts in ([short], [short, long]))
+    return torch.allclose(alone.log_softmax(-1), beside.log_softmax(-1), atol=exact, rtol=0)
 
 
 def begun(tokenizer: Any, ids: list[int]) -> list[int]:

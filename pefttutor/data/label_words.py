@@ -12,6 +12,7 @@ from pefttutor.data.batches import collate
 from pefttutor.data.encoding import split_ids
 from pefttutor.data.generation import begun
 from pefttutor.data.targets import IGNORED, aligned
+from pefttutor.data.trial import close_enough
 
 __all__ = ["likeliest"]
 
@@ -59,8 +60,7 @@ def _goes_on(model: Any, tokenizer: Any, prompts: list[list[int]], answers: Sequ
         found = _continued(model, tokenizer, prompts, answers)
     except Exception:  # no such cache, no such arguments, a cache that can't be repeated
         return False
-    exact = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
-    return torch.allclose(found, again, atol=exact, rtol=0)
+    return torch.allclose(found, again, atol=close_enough(model), rtol=0)
 
 
 def _read_again(

@@ -8,8 +8,9 @@ it gets a label at the first position alone. Where labels shift, nothing predict
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,7 +51,7 @@ def count_targets(batch: dict[str, Any], *, shifted: bool) -> int:
     `shifted` says that the first position's label has no prediction (`predicts_next`).
     """
     labels = batch.get("labels")
-    if labels is None:
+    if not isinstance(labels, Tensor):
         return len(next(iter(batch.values())))
     if labels.is_floating_point():
         return len(labels)
@@ -113,11 +114,14 @@ def predicts_next(model: Any, batch: dict[str, Any] | None = None) -> bool:
 
 
 def _shown(model: nn.Module, batch: dict[str, Any] | None) -> bool | None:
-    """What trials show; None where nothing can be seen."""
-    for inputs in _inputs(model, batch):
+    """What trials show on a row of the batch, on three tokens, on the whole batch; None where nothing can be seen."""
+    ways: list[Callable[[], dict[str, Any]]] = [partial(_tokens, model)]
+    if batch is not None:
+        ways = [partial(one_row, batch), *ways, partial(dict, batch)]
+    for inputs in ways:
         try:
             with trial(model):
-                answer = _first_label_is_no_target(model, inputs)
+                answer = _first_label_is_no_target(model, inputs())
         except Exception:  # whatever a model raises here means: it can't be asked in this way
             continue
         if answer is not None:
@@ -125,50 +129,46 @@ def _shown(model: nn.Module, batch: dict[str, Any] | None) -> bool | None:
     return None
 
 
-def _inputs(model: Any, batch: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """What to try a model with: a row of the batch, three tokens, the batch as it is."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if batch is not None:
-        batch = {
-            key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
-        }
-        yield one_row(batch)
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    table = getattr(embeddings, "weight", None)
-    if isinstance(table, Tensor):
-        tokens = torch.tensor([ordinary(model, len(table), 3)], device=table.device)
-        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        yield {"input_ids": tokens} | ({"labels": tokens} if both else {})
-    if batch is not None:
-        yield batch
+def _tokens(model: Any) -> dict[str, Tensor]:
+    """Three tokens of the model's vocabulary, and as many labels if its decoder reads these."""
+    table = model.get_input_embeddings().weight
+    tokens = torch.tensor([ordinary(model, len(table), 3)], device=table.device)
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {"input_ids": tokens} | ({"labels": tokens} if both else {})
 
 
 def _first_label_is_no_target(model: Any, inputs: dict[str, Any]) -> bool | None:
+    """Whether labels are shifted; None if the loss doesn't depend on them at all."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     logits = model(**inputs).logits
     if logits.ndim != 3:
         return False  # one answer for each text
     empty = torch.full_like(inputs["labels"] if "labels" in inputs else inputs["input_ids"], IGNORED)
 
-    def losses(position: int) -> list[float]:
-        """The model's own, for either of two labels at this position; and below it what cross-entropy would say."""
+    def said(position: int) -> list[tuple[float, Tensor, Tensor]]:
+        """The model's loss, its logits and the labels, for either of two labels at this position alone."""
         found = []
         for label in ordinary(model, logits.shape[-1], 2):
             labels = empty.clone()
             labels[:, position] = label
             output = model(**inputs | {"labels": labels})
-            found.append(output.loss.item())
-            terms.append((found[-1], output.logits, labels))
+            found.append((output.loss.item(), output.logits, labels))
         return found
 
-    terms: list[tuple[float, Tensor, Tensor]] = []
-    first = losses(0)
-    fits = [all(_is_mean(*term, shifted=shifted) for term in terms) for shifted in (False, True)]
+    first = said(0)
+    fits = [all(_is_mean(*one, shifted=shifted) for one in first) for shifted in (False, True)]
     if fits[0] != fits[1]:
         return fits[1]
-    # Something else is in this loss; it can still be seen which label moves it.
-    if not _same(*first):
+    # There is something else in this loss; which label moves it can still be seen.
+    if _differ(first):
         return False
-    return None if _same(*losses(1)) else True
+    return True if _differ(said(1)) else None
+
+
+def _differ(said: list[tuple[float, Tensor, Tensor]]) -> bool:
+    (one, *_), (other, *_) = said
+    return not _same(one, other)
 
 
 def _is_mean(own: float, logits: Tensor, labels: Tensor, *, shifted: bool) -> bool:

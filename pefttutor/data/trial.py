@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "fresh_casts", "one_row", "ordinary", "settings", "trial"]
+__all__ = ["close_enough", "evaluating", "fresh_casts", "one_row", "ordinary", "settings", "trial"]
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fresh_casts() -> Iterator[None]:
-    """Within the block `torch.autocast` keeps no cast: one made without a gradient would serve the next step too."""
+    """Within the block `torch.autocast` keeps no cast of a weight, nor takes one of the weight as it was before."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -89,3 +89,8 @@ def ordinary(model: Any, classes: int, count: int) -> list[int]:
             if name.endswith(("token_id", "token_index")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     return sorted(range(min(classes, 64 + count)), key=lambda i: i in special)[:count]
+
+
+def close_enough(model: nn.Module) -> float:
+    """How far two log-probabilities may differ that are computed in different batches, and are the same number."""
+    return 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2

@@ -20,9 +20,7 @@ from pefttutor.kernels.recompute import recompute_activations
 __all__ = ["causal_lm_loss"]
 
 ENOUGH = 4  # tokens: two predictions, a label that doesn't count, and a token that is masked
-SPREAD = (
-    30.0  # of the logits in the proof, so that a cap or a factor shows even where the model's own are small
-)
+SPREAD = 30.0  # of the proof's logits: a cap or a factor shows, although the model's own may be small
 
 
 def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -68,8 +66,12 @@ def _is_plain(model: nn.Module, head: nn.Module) -> bool:
 
     A hook that is always called, also after an error, tidies up.
     """
-    looked_at = [set(m._forward_hooks) - set(m._forward_hooks_always_called) for m in (model, head)]
-    return type(head).forward is nn.Linear.forward and "forward" not in vars(head) and not any(looked_at)
+    for module in (model, head):
+        if set(module._forward_hooks) - set(module._forward_hooks_always_called):
+            return False
+        if module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return type(head).forward is nn.Linear.forward and "forward" not in vars(head)
 
 
 # ---- the head doesn't compute
@@ -98,11 +100,13 @@ def _caught(model: Any, head: Any, batch: dict[str, Any]) -> tuple[Tensor, Tenso
 
     with _answering(head, look):
         model(**{key: value for key, value in batch.items() if key != "labels"})
-    if len(seen) != 1:
-        raise TypeError(
-            f"causal_lm_loss: {type(model).__name__} calls its head {len(seen)} times, expected once"
-        )
+    _check_once(model, seen)
     return seen[0]
+
+
+def _check_once(model: Any, calls: list[Any]) -> None:
+    if len(calls) != 1:
+        raise ValueError(f"{type(model).__name__} calls its head {len(calls)} times, expected once")
 
 
 # ---- the proof
@@ -132,7 +136,7 @@ def _both_losses(model: Any, head: Any, batch: dict[str, Any]) -> tuple[float, f
         try:
             with trial(model):
                 return _tried(model, head, _trial_batch(head, one_row(batch, length=length)))
-        except Exception as error:
+        except Exception as error:  # whatever a model raises here
             reason = error
     raise TypeError(
         f"causal_lm_loss: {type(model).__name__} can't be run without its logits ({reason}): leave `loss` out for it"
@@ -144,28 +148,26 @@ def _trial_batch(head: Any, row: dict[str, Any]) -> dict[str, Any]:
     shape = row["labels"].shape
     labels = torch.arange(shape[1], device=row["labels"].device).remainder(head.out_features).view(shape)
     labels[:, 1::4] = IGNORED
-    row = row | {"labels": labels}
-    if isinstance(row.get("attention_mask"), Tensor) and row["attention_mask"].shape == shape:
-        row["attention_mask"] = (
-            row["attention_mask"].clone().index_fill_(1, labels.new_tensor(shape[1] - 1), 0)
-        )
-    return row
+    mask = row.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        row = row | {"attention_mask": torch.cat([mask[:, :-1], torch.zeros_like(mask[:, -1:])], 1)}
+    return row | {"labels": labels}
 
 
 def _tried(model: Any, head: Any, row: dict[str, Any]) -> tuple[float, float, float]:
     said: list[tuple[Tensor, Tensor]] = []
 
     def say(x: Tensor) -> Tensor:
-        logits = F.linear(x, head.weight, head.bias)
-        chosen = (
-            torch.arange(logits.numel(), device=logits.device).sin().mul(30).to(logits.dtype).view_as(logits)
-        )
+        logits = F.linear(x, head.weight, head.bias)  # for their shape and dtype
+        spread = torch.arange(logits.numel(), device=logits.device).sin().mul(SPREAD)
+        chosen = spread.to(logits.dtype).view_as(logits)
         said.append((x, chosen.clone()))  # the model may change its own in place
         return chosen
 
     with _answering(head, say):
         own = model(**row).loss
-    ((x, logits),) = said
+    _check_once(model, said)
+    x, logits = said[0]
     if not torch.allclose(x, _caught(model, head, row)[0], equal_nan=True):
         raise ValueError("with labels, something else goes into its head")
     logits, labels = aligned(logits, row["labels"], shifted=True)

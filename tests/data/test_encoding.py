@@ -7,6 +7,7 @@ import torch
 
 from pefttutor.data.batches import collate, count_targets, predicts_next
 from pefttutor.data.encoding import answer_ids, encode, prompt_ids
+from tests.data.tokenizers_of_all_kinds import KINDS, like_bert, like_roberta
 from tests.tiny import bert, llama, llama_classifier, tokenizer
 
 TOKENIZER = tokenizer()
@@ -53,6 +54,66 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt() -> None:
     assert prompt_ids(closing, "Answer:<sep>")[0][-1] == 5  # that one was asked for
 
 
+CUTS = [
+    "Answer:\n|yes",
+    "Answer: |yes",
+    "Answer:| yes",
+    "Answer:|yes",
+    "|yes",
+    "Answer: yes |no",
+    "Answer:  \n|no",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", CUTS)
+def test_prompt_and_answer_are_what_the_joined_text_gives(kind: str, text: str) -> None:
+    words, (prompt, answer) = KINDS[kind](), text.split("|")
+    closing = [token for token in (words.eos_token_id, words.sep_token_id) if token is not None]
+    joined = [i for i in words(prompt + answer)["input_ids"] if i not in closing]
+    alone = [i for i in words(prompt.rstrip(" "))["input_ids"] if i not in closing]
+    (example,) = encode([{"prompt": prompt, "answer": answer}], words)
+    end = [] if words.eos_token_id is None else [words.eos_token_id]
+    assert example["input_ids"].tolist() == joined + end
+    learned = (example["labels"] != -100).tolist()
+    n = learned.index(True)
+    assert learned == [False] * n + [True] * (len(learned) - n)
+    assert example["input_ids"][:n].tolist() == alone[:n]  # what is there when an answer is asked for
+    assert n == len(alone) or alone[n] != joined[n]  # and nothing more is an answer
+    assert answer_ids(words, prompt, answer) == joined[n:]
+
+
+def test_an_answer_gets_no_blank_that_is_not_there() -> None:
+    words = like_roberta()
+    (example,) = encode([{"prompt": "Answer:\n", "answer": "yes"}], words)
+    learned = words.convert_ids_to_tokens(example["input_ids"][example["labels"] != -100].tolist())
+    assert learned == ["yes", "</s>"]
+
+
+def test_the_end_is_learned_and_padding_is_not_although_they_are_the_same_token() -> None:
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    rows = encode([{"prompt": "Say:", "answer": " yes"}, {"prompt": "Say:", "answer": " good bread"}], words)
+    batch = collate(rows, words.pad_token_id)
+    end = words.eos_token_id
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        last = int(mask.sum()) - 1
+        assert (ids[last], labels[last]) == (end, end)
+        assert (ids[last:] == end).all()
+        assert (labels[last + 1 :] == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(3, torch.tensor(3)), (3.8, torch.tensor(3.8)), (2.0, torch.tensor(2.0)), (True, torch.tensor(1)),
+     ([1, 0, 1], torch.tensor([1.0, 0.0, 1.0])), ([0.5, 1.5], torch.tensor([0.5, 1.5])), ("2", torch.tensor(2))],
+)  # fmt: skip
+def test_labels_keep_their_kind(label: Any, expected: torch.Tensor) -> None:
+    (example,) = encode([{"text": "A bad day", "label": label}], TOKENIZER)
+    assert example["labels"].dtype == expected.dtype
+    assert torch.equal(example["labels"], expected)
+
+
 def test_too_long_keeps_the_start_of_a_text_and_the_end_of_a_prompt() -> None:
     words = "The baker likes the good bread. " * 9
     (text,) = encode([{"text": words, "label": 0}], TOKENIZER, max_length=8)
@@ -72,6 +133,28 @@ def test_tagging_labels_the_last_piece_of_each_word() -> None:
     assert example["labels"][at].tolist() == [1, 0, 2]
     ends = [TOKENIZER.decode(example["input_ids"][: end + 1]) for end in at]
     assert ends == ["<s>The", "<s>The unbreakable", "<s>The unbreakable bread"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tagging_reads_the_words_as_one_text(kind: str) -> None:
+    words = KINDS[kind]()
+    closing = [token for token in (words.eos_token_id, words.sep_token_id) if token is not None]
+    (example,) = encode([{"tokens": ["the", "unbreakable", "bread", "!"], "tags": [1, 0, 2, 3]}], words)
+    whole = [i for i in words("the unbreakable bread !")["input_ids"] if i not in closing]
+    assert example["input_ids"].tolist() == whole
+    assert example["labels"][example["labels"] != -100].tolist() == [1, 0, 2, 3]
+    assert example["labels"][-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [(["a", "\u200b", "b", "c"], [1, 2, 3]), (["\u200b", "a", "b", "c"], [0, 2, 3]),
+     (["a", "b", "c", "\u200b"], [1, 0, 2]), (["", "a", " ", "b"], [0, 3])],
+)  # fmt: skip
+def test_a_word_of_which_nothing_is_left_has_no_label(words: list[str], left: list[int]) -> None:
+    (example,) = encode([{"tokens": words, "tags": [1, 0, 2, 3]}], like_bert())
+    assert example["labels"][example["labels"] != -100].tolist() == left
+    assert len(example["labels"]) == len(example["input_ids"])
 
 
 def test_encode_refuses_what_it_cannot_do() -> None:
@@ -100,10 +183,31 @@ def test_collate_pads_each_key_its_own_way() -> None:
     assert collate(scalars)["labels"].tolist() == [1, 0]
     matrices = [{"x": torch.ones(n, 2)} for n in (1, 3)]
     assert collate(matrices)["x"].sum(-1).tolist() == [[2, 0, 0], [2, 2, 2]]
+    decoded = [{"decoder_input_ids": torch.tensor(ids)} for ids in ([5, 6], [8])]
+    assert collate(decoded, 9)["decoder_input_ids"].tolist() == [[5, 6], [8, 9]]
+    for no_token in (None, -1):
+        assert collate(rows, no_token)["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     with pytest.raises(ValueError, match="side='top' is unknown"):
         collate(rows, side="top")
     with pytest.raises(ValueError, match="all examples need the same keys"):
         collate([rows[0], {"input_ids": torch.tensor([1])}])
+
+
+@pytest.mark.parametrize(
+    ("values", "shapes"),
+    [
+        ([torch.ones(1, 3), torch.ones(1, 5)], r"\(1, 3\), \(1, 5\)"),
+        ([torch.ones(1, 3), torch.ones(1, 3)], r"\(1, 3\)"),
+        ([torch.ones(3), torch.tensor(1.0)], r"\(3,\), \(\)"),
+    ],
+)
+def test_what_cannot_be_stacked(values: list[torch.Tensor], shapes: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"'input_ids' of the examples has the shapes {shapes}; expected one seq"
+    ):
+        collate([{"input_ids": value} for value in values])
+    with pytest.raises(ValueError, match="there are no examples to collate"):
+        collate([])
 
 
 def test_padding_changes_neither_side_of_a_models_answer() -> None:

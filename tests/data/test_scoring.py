@@ -7,28 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForTokenClassification
 
 from pefttutor.data import TaskInfo
 from pefttutor.data.encoding import encode
-from pefttutor.data.label_words import _continued
-from pefttutor.data.scoring import generate, score
+from pefttutor.data.scoring import score
 from pefttutor.train import evaluate, fit
-from tests.tiny import bert, llama, llama_classifier, tokenizer
+from tests.data import unusual
+from tests.data.moods import MOOD, ROWS, TOKENIZER
+from tests.tiny import bert, llama, llama_classifier
 
-TOKENIZER = tokenizer()
-MOOD = TaskInfo(name="mood", kind="classification", labels=("no", "yes", "unbreakable"))
-ROWS = [
-    {
-        "text": text,
-        "label": i % 3,
-        "prompt": f"{text} Answer: ",
-        "answer": MOOD.labels[i % 3] if MOOD.labels else "",
-    }
-    for i, text in enumerate(
-        ["A bad day", "The baker likes the good bread", "At the bank", "SELECT", "It is a day", "t"]
-    )
-]
 REPEAT = TaskInfo(name="repeat", kind="generation", metric="exact_match")
 ANSWERS = [{"prompt": f"Say {word}:", "answer": f" {word}"} for word in ("bread", "bank", "day", "good day")]
 
@@ -55,43 +43,6 @@ def test_label_words_are_compared_by_their_mean_log_probability() -> None:
         right += means.index(max(means)) == row["label"]
     for batch_size in (1, 7, 32):
         assert score(model, TOKENIZER, ROWS, MOOD, batch_size=batch_size) == pytest.approx(right / len(ROWS))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_label_words_that_go_on_from_a_cached_prompt_get_what_reading_all_again_gives(family: str) -> None:
-    if family == "llama":
-        model = llama(initializer_range=0.3).double().eval()
-    else:
-        config = GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=len(TOKENIZER), initializer_range=0.3
-        )
-        model = GPT2LMHeadModel(config).double().eval()
-    prompts, answers = [[1, 7, 9, 11, 8], [1, 12], [1, 5, 6]], [[9], [10, 4, 8], [6, 6]]
-    found = _continued(model, TOKENIZER, prompts, answers)
-    for i, prompt in enumerate(prompts):
-        for j, answer in enumerate(answers):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            expected = log_softmax(logits, -1)[range(len(answer)), answer].mean()
-            assert found[i, j].item() == pytest.approx(
-                expected.item(), abs=1e-5
-            )  # the softmax is taken in float32
-
-
-def test_generate_is_greedy_and_the_same_in_any_batch() -> None:
-    model = llama(initializer_range=0.2)
-    prompts = [row["prompt"] for row in ROWS]
-    together = generate(model, TOKENIZER, prompts, max_new_tokens=6, batch_size=6)
-    for prompt, answer in zip(prompts, together, strict=True):
-        ids = torch.tensor([TOKENIZER(prompt.rstrip())["input_ids"]])
-        start = ids.shape[1]
-        with torch.no_grad():
-            for _ in range(6):  # without a cache, without padding
-                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-                if ids[0, -1] == TOKENIZER.eos_token_id:
-                    break
-        assert answer == TOKENIZER.decode(ids[0, start:], skip_special_tokens=True)
-    assert generate(model, TOKENIZER, prompts, max_new_tokens=6, batch_size=2) == together
 
 
 def test_exact_match_of_a_model_that_has_learned_the_answers() -> None:
@@ -170,5 +121,14 @@ def test_what_cannot_be_scored() -> None:
         score(bert(), TOKENIZER, ROWS, MOOD)
     with pytest.raises(ValueError, match=r"LlamaForSequenceClassification can't answer in words"):
         score(llama_classifier(), TOKENIZER, ANSWERS, REPEAT)
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration can't answer in words"):
+        score(unusual.t5(), TOKENIZER, ANSWERS, REPEAT)
+    # Its labels aren't shifted, so its loss of a text isn't that of predicting it.
+    with pytest.raises(ValueError, match=r"BartForCausalLM can't answer in words"):
+        score(unusual.bart(), TOKENIZER, ANSWERS, TaskInfo(name="x", kind="generation", metric="perplexity"))
+    with pytest.raises(
+        ValueError, match=r"a regression has no accuracy, and LlamaForSequenceClassification is one"
+    ):
+        score(llama_classifier(num_labels=1), TOKENIZER, [{**row, "label": 0.5} for row in ROWS], MOOD)
     with pytest.raises(ValueError, match=r"'mood' has no labels to choose from"):
         score(llama(), TOKENIZER, ROWS, TaskInfo(name="mood", kind="classification"))

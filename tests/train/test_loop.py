@@ -426,7 +426,7 @@ def test_class_outside_the_models_classes() -> None:
 
 def test_rows_instead_of_tensors() -> None:
     refuse(
-        r"train\[0\] is \['label', 'text'\]; expected a dict of tensors.*encode",
+        r"train\[0\] is \['label', 'text'\].*expected a dict of tensors.*encode",
         train=[{"text": "a", "label": 0}],
     )
 
