@@ -1,4 +1,4 @@
-"""README, environment.yml, pyproject.toml, CI and the wheel say the same."""
+"""README, environment.yml, pyproject.toml, CI, the citation and the wheel say the same."""
 
 import re
 import subprocess
@@ -46,6 +46,40 @@ def test_ci_runs_the_readmes_check_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     pattern = re.search(r"grep -m 1 '([^']+)' README.md", script)[1]
     assert [line for line in README.splitlines() if re.search(pattern, line)] == [CHECK]
+
+
+def test_the_workflow_runs_ci_and_installs_as_the_readme_does():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    jobs = workflow["jobs"].values()
+    commands = [[step["run"] for step in job["steps"] if "run" in step] for job in jobs]
+    install = CHECK.split(" &&")[0].replace("[test]", "[test,ci]")
+    assert commands == [[".ci/run"], [install, ".ci/run --quick"]]
+    assert [job["timeout-minutes"] for job in jobs] == [90, 90]
+    allowed = SpecifierSet(PROJECT["project"]["requires-python"])
+    pythons = workflow["jobs"]["quick"]["strategy"]["matrix"]["python-version"]
+    every = ["3.11", *pythons]
+    assert [version for version in [*every, "3.14"] if allowed.contains(version)] == every
+
+
+def test_the_hooks_are_the_tools_of_ci():
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    (repository,) = yaml.safe_load(text)["repos"]
+    assert repository["repo"] == "local"  # so that nothing is downloaded
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for hook in repository["hooks"]:
+        command = hook["entry"].split(" --force-exclude")[0]
+        assert command.split()[0] in requirements("ci")
+        assert re.search(rf"^\s*{command}( --check)?$", script, re.MULTILINE), command
+
+
+def test_the_citation_is_of_this_project():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = PROJECT["project"]
+    for key in ("version", "license", "authors"):
+        assert citation[key] == project[key]
+    changes = (ROOT / ".github" / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[([\w.]+)\]", changes, re.MULTILINE)[1] == citation["version"]
 
 
 def test_the_commands_fit_the_project():
@@ -97,7 +131,7 @@ def test_the_series_gives_the_minutes_of_each_lesson():
 def test_the_method_table_has_every_method():
     import pefttutor
 
-    rows = re.findall(r"^\| `(\w+)` \| \[([\w/.]+)\]\(\2\) \| (\d\d) \| \S", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| \[([\w/.]+)\]\(\2\) \| (\d\d|–) \| \S", README, re.MULTILINE)
     assert sorted(row[0] for row in rows) == sorted(pefttutor.methods())
     for method, file, _ in rows:
         assert pefttutor.methods()[method].__module__ == file.removesuffix(".py").replace("/", ".")
@@ -110,14 +144,17 @@ def test_the_readmes_example_runs():
     assert len(names["history"].loss) == 2
 
 
-def test_links_of_the_readme_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#\s]+)\)", README)
-    assert [target for target in targets if ":" not in target and not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("file", ["README.md", ".github/CONTRIBUTING.md", ".github/CHANGELOG.md"])
+def test_links_lead_somewhere(file):
+    targets = re.findall(r"\]\(([^)#\s]+)\)", (ROOT / file).read_text(encoding="utf-8"))
+    folder = (ROOT / file).parent
+    assert [target for target in targets if ":" not in target and not (folder / target).exists()] == []
 
 
 def test_the_top_level_holds_what_it_should():
     allowed = {"LICENSE", "README.md", "conftest.py", "data", "environment.yml", "notebooks"}
     allowed |= {"pefttutor", "pyproject.toml", "tests"}
+    allowed |= {"CITATION.cff"}  # read from the top level only; what else is for contributors lies in .github
     top = {entry.split("/")[0] for entry in tracked()}
     assert {entry for entry in top if not entry.startswith(".")} == allowed
 

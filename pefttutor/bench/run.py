@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isfinite
 
-from pefttutor.bench.memory import kept_bytes, resident_growth, state_bytes, transient_bytes
+from pefttutor.bench.memory import kept_bytes, resident_growth, state_bytes
 from pefttutor.bench.protocol import Ratio, difference, disturbed_rounds, paired_ratio, time_rounds
 from pefttutor.bench.row import Row, Step
+from pefttutor.memory.allocator import transient_bytes
 
 __all__ = ["Result", "judge", "run"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from pefttutor.bench.memory import resident_growth_here, transient_bytes
+from pefttutor.memory.allocator import resident_growth_here, transient_bytes
 from pefttutor.memory.weights import added_buffers
 
 __all__ = ["Measured", "Saved", "measure", "watch_saved"]

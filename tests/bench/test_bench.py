@@ -9,10 +9,11 @@ import torch
 
 from pefttutor.bench import Row, discover
 from pefttutor.bench.__main__ import main
-from pefttutor.bench.memory import kept_bytes, resident_growth_here, state_bytes, transient_bytes
+from pefttutor.bench.memory import kept_bytes, state_bytes
 from pefttutor.bench.protocol import Ratio, difference, disturbed_rounds, paired_ratio, time_rounds
 from pefttutor.bench.report import table, to_json
 from pefttutor.bench.run import Result, judge, run
+from pefttutor.memory.allocator import resident_growth_here, transient_bytes
 
 
 class Clock:
