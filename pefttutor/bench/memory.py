@@ -1,4 +1,5 @@
-"""Bytes of one step: what autograd keeps, what an optimizer holds, and resident memory in a process of its own."""
+"""Bytes of one step: its peak, what autograd keeps, what an optimizer holds, and resident memory in a process of
+its own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["kept_bytes", "resident_growth", "state_bytes"]
+from pefttutor.memory.allocator import transient_bytes
+
+__all__ = ["kept_bytes", "peak_bytes", "resident_growth", "state_bytes"]
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """The most bytes that lived on the device during a step and did not before it. The step runs once beforehand.
+
+    On a CPU see `transient_bytes`; on a GPU CUDA's allocator counts, scratch space of the matrix library included.
+    """
+    if device == "cpu":
+        return transient_bytes(step)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = step()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
 
 
 def kept_bytes(step: Callable[[], Any]) -> int:
@@ -59,7 +79,7 @@ def resident_growth(name: str, side: str, seed: int) -> int:
     code = (
         "import json, sys; from pefttutor.memory.allocator import resident_growth_here as measure;"
         "from pefttutor.bench.row import discover; name, side, seed = json.loads(sys.argv[1]);"
-        "print(measure(discover()[name].build(side, seed)))"
+        "print(measure(discover()[name].build(side, seed, 'cpu')))"
     )
     command = [sys.executable, "-c", code, json.dumps([name, side, seed])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -32,10 +32,14 @@ def time_rounds(
     *,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    wait: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round; round i starts with step i, modulo their number.
 
     The results of a step are dropped after the clock has stopped, so that freeing them costs nobody any time.
+
+    wait: returns once all is done that was ordered. A GPU's orders come back before it has done them: the clock
+        starts after what went before, and stops after the step's own.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
@@ -51,8 +55,10 @@ def time_rounds(
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
+                wait()
                 start = clock()
                 result = steps[name]()
+                wait()
                 seconds[name].append(clock() - start)
                 del result
     finally:

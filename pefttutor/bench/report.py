@@ -21,7 +21,7 @@ FORMAT = 1
 PACKAGES = ("pefttutor", "torch", "transformers", "peft")
 
 
-def environment(seed: int) -> dict[str, Any]:
+def environment(seed: int, device: str = "cpu") -> dict[str, Any]:
     """Versions, seed and the kind of machine; neither its name nor any path."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
@@ -39,13 +39,15 @@ def environment(seed: int) -> dict[str, Any]:
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         },
     }
 
 
 def table(result: Result) -> str:
     """One row of the report: ratios, spread, disturbed rounds, bound, goals, difference, verdict."""
-    lines = [f"{result.name}: {result.work}; peer: {result.peer}"]
+    threads = "" if result.threads is None else f"; threads: {result.threads}"
+    lines = [f"{result.name}: {result.work}; peer: {result.peer}; on: {result.device}{threads}"]
     if result.time is not None:
         spread = f"quartiles {result.time.low:.3f} – {result.time.high:.3f}"
         disturbed = f"{result.disturbed} of {result.rounds} rounds disturbed"
@@ -64,11 +66,11 @@ def table(result: Result) -> str:
     return "\n".join([*lines, f"  → {result.verdict}"])
 
 
-def to_json(results: list[Result], seed: int) -> str:
+def to_json(results: list[Result], seed: int, device: str = "cpu") -> str:
     """All figures, with the definition of a disturbed round and every single time."""
     data = {
         "format": FORMAT,
-        **environment(seed),
+        **environment(seed, device),
         "disturbed_means": f"a side took over {DISTURBED} times its own median",
         "rows": [
             asdict(result) | {"ratios": {k: result.ratio(k) for k in result.goals}} for result in results

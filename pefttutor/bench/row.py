@@ -21,12 +21,13 @@ GOALS = ("time", "transient", "kept", "state", "resident")
 class Row:
     """A piece of work that two or three sides do.
 
-    `build(side, seed)` returns that side's step: a function without arguments that does the work once and
-    returns its outputs and gradients. It must draw the same weights and inputs for every side. The bound (a
-    floor under the time, such as the frozen model alone) may return nothing: its results aren't compared.
+    `build(side, seed, device)` returns that side's step: a function without arguments that does the work once on the
+    device ("cpu" or "cuda") and returns its outputs and gradients. It must draw the same weights and inputs for every
+    side, on the CPU, whose draws are everywhere the same. The bound (a floor under the time, such as the frozen model
+    alone) may return nothing: its results aren't compared. A peer that this torch lacks raises ImportError.
     `goals` maps "time", "transient", "kept", "state" or "resident" to the largest ratio ours / peer that meets
     the goal; bytes are measured only where there is a goal for them. For "state" a step has the `optimizer` that
-    it steps as an attribute.
+    it steps as an attribute. `cuda_goals` are those on a GPU, where "resident" isn't measured.
 
     Raises: ValueError for a goal of an unknown name.
     """
@@ -34,18 +35,24 @@ class Row:
     name: str
     work: str
     peer: str
-    build: Callable[[Side, int], Step]
+    build: Callable[[Side, int, str], Step]
     goals: dict[str, float] = field(default_factory=dict)
+    cuda_goals: dict[str, float] = field(default_factory=dict)
+    threads: int | None = None  # of the CPU, for torch; None leaves them as they are
     bound: str | None = None  # what the bound is, in words; None when there is none
     tolerance: float = 1e-4  # largest relative difference under which the two sides did the same work
     rounds: int = 15
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.goals) - set(GOALS))
+        unknown = sorted((set(self.goals) | set(self.cuda_goals)) - set(GOALS))
         if unknown:
             raise ValueError(
                 f"row {self.name!r}: goals {unknown} are unknown; expected some of {list(GOALS)}"
             )
+
+    def goals_on(self, device: str) -> dict[str, float]:
+        """The goals that hold on the device."""
+        return dict(self.cuda_goals if device == "cuda" else self.goals)
 
     @property
     def sides(self) -> tuple[Side, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 
-from pefttutor.bench.memory import kept_bytes, resident_growth, state_bytes
+import torch
+
+from pefttutor.bench.memory import kept_bytes, peak_bytes, resident_growth, state_bytes
 from pefttutor.bench.protocol import Ratio, difference, disturbed_rounds, paired_ratio, time_rounds
 from pefttutor.bench.row import Row, Step
-from pefttutor.memory.allocator import transient_bytes
 
 __all__ = ["Result", "judge", "run"]
-
-MEASURES = {"transient": transient_bytes, "kept": kept_bytes, "state": state_bytes}
 
 
 @dataclass(kw_only=True)
@@ -25,6 +27,8 @@ class Result:
     bound: str | None
     goals: dict[str, float]
     tolerance: float
+    device: str = "cpu"
+    threads: int | None = None
     difference: float | None = None
     differs_in: str = ""
     rounds: int = 0
@@ -43,39 +47,64 @@ class Result:
         return sides["ours"] / sides["peer"] if sides and sides["peer"] else None
 
 
-def run(row: Row, *, rounds: int | None = None, seed: int = 0) -> Result:
+def run(row: Row, *, rounds: int | None = None, seed: int = 0, device: str = "cpu") -> Result:
     """Measure a row by the protocol. A missing peer or differing results give a verdict and no figures."""
     result = Result(
         name=row.name,
         work=row.work,
         peer=row.peer,
         bound=row.bound,
-        goals=dict(row.goals),
+        goals=row.goals_on(device),
         tolerance=row.tolerance,
+        device=device,
+        threads=row.threads,
     )
-    try:
-        steps: dict[str, Step] = {side: row.build(side, seed) for side in row.sides}
-    except ImportError as missing:
-        result.verdict = f"not measured: {missing}; install the extra `bench`"
-        return result
-    result.difference, result.differs_in = difference(steps["ours"](), steps["peer"]())
-    if not result.difference <= row.tolerance:
-        result.verdict = judge(result)
-        return result
-    result.rounds = rounds or row.rounds
-    result.seconds = time_rounds(steps, result.rounds)
+    with _threads(row.threads):
+        try:
+            steps: dict[str, Step] = {side: row.build(side, seed, device) for side in row.sides}
+        except ImportError as missing:
+            hint = "; install the extra `bench`" if isinstance(missing, ModuleNotFoundError) else ""
+            result.verdict = f"not measured: {missing}{hint}"
+            return result
+        result.difference, result.differs_in = difference(steps["ours"](), steps["peer"]())
+        if result.difference <= row.tolerance:
+            _measure(result, steps, rounds or row.rounds)
+    if result.seconds and "resident" in result.goals:
+        steps.clear()
+        result.bytes["resident"] = {side: resident_growth(row.name, side, seed) for side in ("ours", "peer")}
+    result.verdict = judge(result)
+    return result
+
+
+def _measure(result: Result, steps: dict[str, Step], rounds: int) -> None:
+    """Time, then the bytes that the goals are about."""
+    result.rounds = rounds
+    wait = torch.cuda.synchronize if result.device == "cuda" else lambda: None
+    result.seconds = time_rounds(steps, rounds, wait=wait)
     result.disturbed = disturbed_rounds(result.seconds)
     result.time = paired_ratio(result.seconds["ours"], result.seconds["peer"])
     if "bound" in steps:
         result.bound_time = paired_ratio(result.seconds["bound"], result.seconds["peer"])
-    for kind, measure in MEASURES.items():
-        if kind in row.goals:
+    measures: dict[str, Callable[[Step], int]] = {
+        "transient": partial(peak_bytes, device=result.device),
+        "kept": kept_bytes,
+        "state": state_bytes,
+    }
+    for kind, measure in measures.items():
+        if kind in result.goals:
             result.bytes[kind] = {side: measure(steps[side]) for side in ("ours", "peer")}
-    steps.clear()
-    if "resident" in row.goals:
-        result.bytes["resident"] = {side: resident_growth(row.name, side, seed) for side in ("ours", "peer")}
-    result.verdict = judge(result)
-    return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch has so many threads within the block."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def judge(result: Result) -> str:

@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Set
 import torch
 from torch import Tensor, nn
 
-from pefttutor.kernels import per_sample
-from pefttutor.kernels.layer_calls import Call, known_parameters, training, watched
-from pefttutor.kernels.threads import share
+from pefttutor.kernels.layer_calls import Call, known_parameters, training, visit, watched
+from pefttutor.kernels.squares import Squares
 
 __all__ = [
     "add_squared_gradients",
@@ -30,8 +29,6 @@ __all__ = [
     "squared_gradients",
     "squared_gradients_reference",
 ]
-
-CACHED = 1 << 21  # bytes of a gradient that one thread makes at a time: 1 to 4 MiB were fastest
 
 
 def squared_gradients_reference(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -90,8 +87,13 @@ def no_squares(module: nn.Module) -> dict[str, Tensor]:
 
 def check_finite(total: Mapping[str, Tensor]) -> None:
     """Raise FloatingPointError if a sum of squares has NaN or infinite entries."""
-    for name, value in total.items():
-        if value.numel() and not value.amax().isfinite():  # of squares: NaN and infinity are the largest
+    # Of squares NaN and infinity are the largest. A device is asked once, for all of its tensors.
+    largest = {name: value.amax() for name, value in total.items() if value.numel()}
+    for device in {value.device for value in largest.values()}:
+        here = {name: value for name, value in largest.items() if value.device == device}
+        finite = torch.stack([value.isfinite() for value in here.values()]).tolist()
+        if not all(finite):
+            name = list(here)[finite.index(False)]
             raise FloatingPointError(
                 f"squared_gradients: the gradient of {name!r} has NaN or infinite entries"
             )
@@ -124,54 +126,15 @@ def add_squared_gradients(
     wrong, unseen = _mixed(values, unproved, _doubtful(calls, samples)) if unproved else (set(), set())
     right = [call for call in right if call not in wrong]
     left |= {p for call in calls if call not in right for p in call.layer._parameters.values() if p in known}
-    where = {
-        name: [(call, key) for call in right for key, own in call.layer._parameters.items() if own is p]
-        for name, p in parameters.items()
-        if p not in left
-    }
-    for row in values.reshape(-1, samples) if right else ():
-        grads = torch.autograd.grad(
-            row.sum(), [c.output for c in right], retain_graph=True, allow_unused=True
-        )
-        deltas = dict(zip(right, grads, strict=True))
-        _add_squares({name: _uses(own, deltas, samples) for name, own in where.items()}, total, max_bytes)
+    sums = {p: total[name] for name, p in parameters.items() if p not in left}
+    for row in values.reshape(-1, samples) if right and sums else ():
+        squares = Squares(right, sums, max_bytes)
+        visit(row.sum(), right, squares.add)
+        squares.finish()
     if left:
         with training(parameters.values(), left):
             _add_one_by_one(forward, {name: p for name, p in parameters.items() if p in left}, total)
     return {call.layer for call in right} - {c.layer for c in calls if c not in right or c in unseen}
-
-
-def _uses(
-    calls: list[tuple[Call, str]], deltas: Mapping[Call, Tensor | None], samples: int
-) -> list[per_sample.Use]:
-    """What went into the calls of a parameter's layers and what came back."""
-    found = []
-    for call, name in calls:
-        delta = deltas[call]
-        if delta is None:
-            continue  # the value doesn't depend on this call
-        if per_sample.kind_of(call.layer) == "embedding":
-            a = call.input.reshape(samples, -1)
-        else:
-            a = _3d(call.input).to(delta.dtype)  # what autocast has a Linear compute in
-        found.append((call.layer, name, a, _3d(delta)))
-    return found
-
-
-def _add_squares(
-    uses: Mapping[str, list[per_sample.Use]], total: Mapping[str, Tensor], max_bytes: int
-) -> None:
-    """Add each parameter's squared gradients; the CPU's threads share the work, in parts that fit into its cache."""
-    device = next(iter(total.values())).device
-    if device.type == "cpu":
-        max_bytes = min(max_bytes // torch.get_num_threads(), CACHED)
-    pieces = [
-        piece
-        for name, own in uses.items()
-        if own
-        for piece in per_sample.squares(own, total[name], max_bytes=max_bytes)
-    ]
-    share(lambda piece: piece(), pieces, device)
 
 
 @torch.enable_grad()
@@ -185,11 +148,6 @@ def _add_one_by_one(
             if grad is not None:
                 grad = grad.to(total[name].dtype)
                 total[name].addcmul_(grad, grad)
-
-
-def _3d(tensor: Tensor) -> Tensor:
-    """(B, features) or (B, …, features) → (B, T, features)."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 def _check_values(values: Tensor, samples: int) -> None:
@@ -223,14 +181,25 @@ def _mixed(values: Tensor, calls: list[Call], doubtful: Set[Call]) -> tuple[set[
         asked = [call for call in calls if s == 0 or call in doubtful]
         if not asked:
             break
-        value = values.reshape(-1, samples)[:, s].sum()
-        grads = torch.autograd.grad(value, [c.output for c in asked], retain_graph=True, allow_unused=True)
-        for call, grad in zip(asked, grads, strict=True):
-            if grad is None or not grad[s].any():
-                unseen.add(call)
-            if grad is not None and (grad[:s].any() or grad[s + 1 :].any()):
-                mixed.add(call)
+        answers = _rows_reached(values.reshape(-1, samples)[:, s].sum(), asked, s)
+        unseen |= {call for call in asked if call not in answers or not answers[call][0]}
+        mixed |= {call for call, (_, others) in answers.items() if others}
     return mixed, unseen
+
+
+def _rows_reached(value: Tensor, calls: list[Call], sample: int) -> dict[Call, list[bool]]:
+    """For each call that the value depends on: on the sample's own row of its output, and on another one?"""
+    found: dict[Call, Tensor] = {}
+
+    def note(call: Call, grad: Tensor) -> None:
+        rows = grad.flatten(1).any(1)  # (B)
+        others = rows.clone()
+        others[sample] = False
+        found[call] = torch.stack([rows[sample], others.any()]).to(value.device)
+
+    visit(value, calls, note)
+    answers = torch.stack(list(found.values())).tolist() if found else []  # one question to the device
+    return dict(zip(found, answers, strict=True))
 
 
 def _doubtful(calls: list[Call], samples: int) -> set[Call]:

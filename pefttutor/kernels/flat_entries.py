@@ -5,6 +5,7 @@ An `index` holds the flat places of the chosen entries, each once, as int32 or i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,16 +15,15 @@ from torch.autograd.function import once_differentiable
 __all__ = ["read", "selected", "sorted_places", "write"]
 
 
-def _scatters_by_int32() -> bool:
-    """Whether this torch scatters by int32 places (2.13 does); an older one needs them as int64."""
+@cache
+def _scatters_by_int32(kind: str) -> bool:
+    """Whether this torch scatters by int32 places on such a device (2.13 does); an older one needs them as int64."""
+    value, place = torch.zeros(1, device=kind), torch.zeros(1, device=kind, dtype=torch.int32)
     try:
-        torch.zeros(1).scatter_(0, torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+        value.clone().scatter_(0, place, value)
     except RuntimeError:
         return False
     return True
-
-
-_SHORT = _scatters_by_int32()
 
 
 def sorted_places(index: Tensor, tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """
     if not tensor.is_contiguous():
         raise ValueError(f"write: the tensor {tuple(tensor.shape)} isn't contiguous; call contiguous() first")
-    flat, places = tensor.data.view(-1), index if _SHORT else index.long()
+    flat, places = tensor.data.view(-1), index if _scatters_by_int32(tensor.device.type) else index.long()
     flat.scatter_(0, places, values.detach().to(tensor.dtype))  # a third of index_copy_'s time
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.kernels import per_sample
+from pefttutor.kernels import per_sample, threads
 
-__all__ = ["Call", "known_parameters", "training", "watched"]
+__all__ = ["Call", "known_parameters", "training", "visit", "watched"]
+
+KEPT = 1 << 24  # bytes of gradients that a backward pass may keep until its end
 
 
 @dataclass(eq=False)
@@ -112,3 +114,44 @@ def training(parameters: Iterable[Tensor], only: Iterable[Tensor]) -> Iterator[N
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+def visit(value: Tensor, calls: Sequence[Call], note: Callable[[Call, Tensor], None]) -> None:
+    """note(call, gradient of `value` at the call's output), in one backward pass, for each call that it reaches.
+
+    Where the gradients are many, each is noted as the pass comes to it, and may be freed while it goes on to the ends
+    of the graph. Where they are few it is faster to stop at the last of these outputs, and to note all of them then.
+    """
+    outputs = [call.output for call in calls]
+    most = 0 if threads.short_way(value.device) else KEPT
+    if sum(output.nbytes for output in outputs) <= most:
+        grads = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
+        for call, grad in zip(calls, grads, strict=True):
+            _noted(note, call, grad)
+        return
+    handles = [
+        output.register_hook(partial(_noted, note, call)) for call, output in zip(calls, outputs, strict=True)
+    ]
+    try:
+        torch.autograd.grad(value, _ends(value), retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _noted(note: Callable[[Call, Tensor], None], call: Call, grad: Tensor | None) -> None:
+    if grad is not None:
+        note(call, grad)
+
+
+def _ends(value: Tensor) -> list[Tensor]:
+    """The tensors that the graph of `value` begins with: a backward pass to all of them goes through all of it."""
+    ends, seen, left = [], set(), [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += (before for before, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                ends.append(node.variable)
+    return ends

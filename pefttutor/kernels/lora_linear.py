@@ -8,8 +8,8 @@ Why the fast version is fast, measured against the same formula left to autograd
 - it never materialises s · (x Aᵀ) Bᵀ: both low-rank products are added into the base product's own output
   (`addmm`), forward and backward, so three passes over a (tokens, out) tensor and one over (tokens, in) disappear;
 - every product has one side of size r; B A, which is as large as W, is never formed;
-- that side comes first, (x Aᵀ)ᵀ = A xᵀ: a matrix library computes a few long rows up to four times as fast as many
-  short ones; and each thread does all products for tokens of its own (see `threads`);
+- on a CPU what has r columns is stored column by column: a matrix library computes a few long rows up to four times
+  as fast as many short ones; and each thread does all products for tokens of its own, if there are many;
 - it keeps x and x Aᵀ for the backward pass and nothing else.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pefttutor.kernels.precision import compute_dtype
-from pefttutor.kernels.threads import plain, share
+from pefttutor.kernels import threads
+from pefttutor.kernels.precision import shared_dtype
 
 __all__ = ["lora_linear", "lora_linear_reference"]
 
 FEW_TOKENS = 128  # with fewer each thread would read the weight for little work
-SMALL = 1 << 24  # multiplications: with fewer, starting threads takes longer than working alone
+SMALL = 1 << 28  # multiplications: with fewer, handing tokens to threads takes longer than it saves
 
 
 def lora_linear_reference(
@@ -65,17 +66,25 @@ def lora_linear(
     Raises: ValueError where the shapes don't fit, TypeError where the dtypes don't.
     Source: Hu et al. 2021, LoRA, eq. 3.
     """
-    _check(x, weight, bias, lora_A, lora_B)
-    dtype = compute_dtype(x)
-    if weight.dtype != x.dtype and dtype == x.dtype:
+    n_out, r = lora_B.shape if lora_B.dim() == 2 else (-1, -1)
+    n_in = x.shape[-1] if x.dim() else -1
+    fits = weight.shape == (n_out, n_in) and lora_A.shape == (r, n_in)
+    if not fits or not (bias is None or bias.shape == (n_out,)):
+        raise ValueError(_misfit(x, weight, bias, lora_A, lora_B))
+    if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
         raise TypeError(
-            f"lora_linear: x is {x.dtype} and weight {weight.dtype}; convert one of them, or use torch.autocast"
+            f"lora_linear: x is {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; expected floating point"
         )
+    dtype = shared_dtype("lora_linear", x, weight, bias)
     return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dtype)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The formula and its gradients. All products are of 2-D tensors: (tokens, features)."""
+    """The formula and its gradients, in products of 2-D tensors, (tokens, features).
+
+    Every product goes into a place that is given. Autocast leaves such alone: what is computed depends on the one
+    around the forward pass, and not on any around the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -88,104 +97,128 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        _, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+        _, needs_weight, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         ctx.scaling, ctx.x_dtype, ctx.x_shape = scaling, x.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        x = x.to(dtype)
+        x, W, shift, A, B = _converted(dtype, x, weight, bias, lora_A, lora_B)
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = x.new_empty(len(tokens), len(weight))  # (tokens, out)
-        A_x = x.new_empty(len(lora_A), len(tokens))  # (r, tokens)
-        base, shift, A = weight.to(dtype).t(), None if bias is None else bias.to(dtype), lora_A.to(dtype)
-        B = lora_B.to(dtype).t() * scaling  # (r, out)
-
-        def work(_: int, some: slice) -> None:
-            if shift is None:
-                torch.mm(tokens[some], base, out=y[some])
-            else:
-                torch.addmm(shift, tokens[some], base, out=y[some])
-            A_x[:, some] = A @ tokens[some].t()
-            y[some].addmm_(A_x[:, some].t(), B)
-
-        _by_tokens(work, len(tokens), weight)
+        y = tokens.new_empty(tokens.shape[0], W.shape[0])  # (tokens, out)
+        x_A = _narrow(tokens, tokens.shape[0], A.shape[0])
+        work = partial(_forward, W=W.t(), shift=shift, A=A.t(), B=B.t(), scaling=scaling)
+        _in_parts(work, (tokens, y, x_A), weight)
         # The parameters exist anyway; x and x Aᵀ are all that this layer makes the step remember.
         ctx.save_for_backward(
-            x if needs_A or needs_weight else None, A_x if needs_B else None, weight, lora_A, lora_B
+            x if needs_A or needs_weight else None, x_A if needs_B else None, weight, lora_A, lora_B
         )
         return y.view(*ctx.x_shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A_x, weight, lora_A, lora_B = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        dtype = grad.dtype
+        x, x_A, weight, lora_A, lora_B = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        W, A, B = _converted(grad.dtype, weight, lora_A, lora_B)
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        tokens = x.reshape(-1, x.shape[-1]) if needs_A or needs_weight else grad.new_empty(0)  # (tokens, in)
-        base, A, B = weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype).t() * ctx.scaling
-        grad_x = grad.new_empty(len(grad), base.shape[1]) if needs_x else None
-        parts = len(_parts(len(grad), weight))
-        grad_A = grad.new_empty(parts, *A.shape) if needs_A else None
-        grad_B = grad.new_empty(parts, *B.shape) if needs_B else None
-
-        def work(part: int, some: slice) -> None:
-            delta = grad[some]
-            if grad_B is not None:
-                torch.mm(A_x[:, some], delta, out=grad_B[part])  # (r, out)
-            if grad_A is not None or grad_x is not None:
-                B_delta = B @ delta.t()  # (r, tokens)
-            if grad_A is not None:
-                torch.mm(B_delta, tokens[some], out=grad_A[part])  # (r, in)
-            if grad_x is not None:
-                torch.mm(delta, base, out=grad_x[some]).addmm_(B_delta.t(), A)
-
-        _by_tokens(work, len(grad), weight)
+        tokens: Any = None if x is None else x.reshape(-1, x.shape[-1])  # (tokens, in)
+        grad_x = grad.new_empty(grad.shape[0], W.shape[1]) if needs_x else None
+        work = partial(_backward, W=W, A=A, B=B, scaling=ctx.scaling)
+        found = _in_parts(work, (grad, tokens if needs_A else None, x_A, grad_x), weight)
+        of_A, of_B = zip(*found, strict=True)
         return (
             None if grad_x is None else grad_x.view(ctx.x_shape).to(ctx.x_dtype),
-            (grad.t() @ tokens).to(weight.dtype) if needs_weight else None,  # (out, in)
+            None
+            if not needs_weight
+            else torch.mm(grad.t(), tokens, out=torch.empty_like(W)).to(weight.dtype),
             grad.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-            None if grad_A is None else grad_A.sum(0).to(lora_A.dtype),
-            None if grad_B is None else grad_B.sum(0).t().mul(ctx.scaling).to(lora_B.dtype),
+            reduce(Tensor.add_, of_A).t().to(lora_A.dtype) if needs_A else None,
+            reduce(Tensor.add_, of_B).to(lora_B.dtype) if needs_B else None,
             None,
             None,
         )
 
 
-def _parts(tokens: int, weight: Tensor) -> list[slice]:
-    """Which tokens a thread takes: a part each, if there are enough to fill the processor's matrix units; else all."""
-    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
-    size = max(1, math.ceil(tokens / threads))
-    if size < FEW_TOKENS or tokens * weight.numel() < SMALL:
-        return [slice(0, tokens)]
-    return [slice(first, first + size) for first in range(0, max(1, tokens), size)]
-
-
-def _by_tokens(work: Callable[[int, slice], None], tokens: int, weight: Tensor) -> None:
-    """work(i, tokens of part i): by a thread each, by this one alone if it is little, or else by torch's as it does."""
-    parts = _parts(tokens, weight)
-    if len(parts) > 1 or tokens * weight.numel() < SMALL:
-        share(lambda part: work(*part), enumerate(parts), weight.device)
+def _forward(
+    tokens: Tensor,
+    y: Tensor,
+    x_A: Tensor,
+    *,
+    W: Tensor,
+    shift: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+) -> None:
+    """Fill y (tokens, out) and x Aᵀ (tokens, r); the factors come transposed, (in, out), (in, r), (r, out)."""
+    if shift is None:
+        torch.mm(tokens, W, out=y)
     else:
-        with plain(weight.device):
-            work(0, parts[0])
+        torch.addmm(shift, tokens, W, out=y)
+    y.addmm_(torch.mm(tokens, A, out=x_A), B, alpha=scaling)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Say what was given and what was expected, before anything is computed."""
+def _backward(
+    grad: Tensor,
+    tokens: Tensor | None,
+    x_A: Tensor | None,
+    grad_x: Tensor | None,
+    *,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill the gradient of x (tokens, in); return those of Aᵀ (in, r) and B (out, r). None stands for: not wanted."""
+    of_A = of_B = None
+    if x_A is not None:
+        of_B = _narrow(grad, *B.shape).addmm_(grad.t(), x_A, beta=0, alpha=scaling)
+    if tokens is not None or grad_x is not None:
+        grad_B = _narrow(grad, grad.shape[0], A.shape[0])  # (tokens, r)
+        grad_B.addmm_(grad, B, beta=0, alpha=scaling)
+    if tokens is not None:
+        of_A = torch.mm(tokens.t(), grad_B, out=_narrow(grad, *A.t().shape))
+    if grad_x is not None:
+        torch.mm(grad, W, out=grad_x).addmm_(grad_B, A)
+    return of_A, of_B
+
+
+def _converted(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def _narrow(like: Tensor, rows: int, r: int) -> Tensor:
+    """Room for (rows, r). On a CPU each column is a row of memory: a matrix library likes few long rows."""
+    return like.new_empty_strided((rows, r), (r, 1) if threads.short_way(like.device) else (1, rows))
+
+
+def _in_parts(work: Callable[..., Any], tensors: tuple[Any, ...], weight: Tensor) -> list[Any]:
+    """work(*tensors) and what it returns: of all tokens, or, if there are enough of them to fill the matrix units of
+    a processor several times, of a part for each thread. In the order of the parts: two runs give the same bits."""
+    tokens, count = tensors[0].shape[0], torch.get_num_threads()
+    size = math.ceil(tokens / count)
+    if size < FEW_TOKENS or count == 1 or tokens * weight.numel() < SMALL or threads.short_way(weight.device):
+        return [work(*tensors)]
+    split = [[None] * count if t is None else t.split(size) for t in tensors]
+    parts = list(zip(*split, strict=False))
+    found: list[Any] = [None] * len(parts)
+
+    def one(part: int) -> None:
+        found[part] = work(*parts[part])
+
+    threads.share(one, range(len(parts)), weight.device)
+    return found
+
+
+def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> str:
+    """What was given and what was expected."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
+        return (
             f"lora_linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}, expected x (…, in) and weight "
             "(out, in); pass weight.t() for a layer that stores (in, out), such as GPT-2's Conv1D"
         )
-    out_features, in_features = weight.shape
-    r = lora_A.shape[0] if lora_A.dim() == 2 else -1
-    if lora_A.shape != (r, in_features) or lora_B.shape != (out_features, r):
-        raise ValueError(
-            f"lora_linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, expected "
-            f"(r, {in_features}) and ({out_features}, r) for a weight of {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"lora_linear: bias is {tuple(bias.shape)}, expected ({out_features},)")
-    if not x.is_floating_point() or not lora_A.is_floating_point() or not lora_B.is_floating_point():
-        raise TypeError(
-            f"lora_linear: x is {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; expected floating point"
-        )
+    n_out, n_in = weight.shape
+    if bias is not None and bias.shape != (n_out,):
+        return f"lora_linear: bias is {tuple(bias.shape)}, expected ({n_out},)"
+    return (
+        f"lora_linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, expected "
+        f"(r, {n_in}) and ({n_out}, r) for a weight of {tuple(weight.shape)}"
+    )

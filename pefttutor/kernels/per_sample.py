@@ -9,18 +9,20 @@ at the output y of
     y = γ · x̂ + β:    G_γ[s] = Σ_t δ[s, t] · x̂[s, t]
 
 which costs what the batch's own gradient costs. B gradients at once would be B times as large as the parameter, so
-they are made one after the other, and of a large parameter some rows at a time.
+they are made one after the other, or a few at a time on a GPU, and of a large parameter some rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+
+from pefttutor.kernels import threads
 
 __all__ = ["Use", "kind_of", "knows", "scaled_input", "squares", "vectors"]
 
@@ -60,9 +62,11 @@ def squares(uses: list[Use], into: Tensor, *, max_bytes: int) -> Iterator[Callab
     elif len(uses) == 1 and kind_of(uses[0][0]) == "embedding":
         yield partial(_add_occurring, *uses[0], into)
     else:
-        step = max(1, max_bytes // (into.shape[1] * uses[0][3].element_size()))
+        row = into.shape[1] * uses[0][3].element_size()
+        step = max(1, max_bytes // row)
+        add = partial(_add_rows_of_several, max_bytes) if threads.short_way(into.device) else _add_rows
         for first in range(0, len(into), step):
-            yield partial(_add_rows, uses, first, into[first : first + step])
+            yield partial(add, uses, first, into[first : first + step])
 
 
 def _add_vectors(uses: list[Use], into: Tensor) -> None:
@@ -71,13 +75,19 @@ def _add_vectors(uses: list[Use], into: Tensor) -> None:
 
 
 def _add_occurring(layer: nn.Module, name: str, ids: Tensor, delta: Tensor, into: Tensor) -> None:
-    """An embedding: only the rows that occur."""
-    sample, position = _counts(layer, ids).nonzero(as_tuple=True)
-    wanted = ids[sample, position]
-    pairs, which = torch.unique(sample * len(into) + wanted, return_inverse=True)  # (sample, row) that occur
-    summed = into.new_zeros(len(pairs), into.shape[1])
-    summed.index_add_(0, which, delta[sample, position].to(into.dtype))
-    into.index_add_(0, pairs % len(into), summed.square())
+    """An embedding: only the rows that occur. A sample's equal ids get one place, in which their gradients add up."""
+    samples, tokens = ids.shape
+    ids = ids.long()
+    ordered, order = ids.sort(1)
+    rank = torch.zeros_like(ids)
+    rank[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+    place = torch.empty_like(ids).scatter_(1, order, rank)  # (B, T), from 0 on in each sample
+    row = torch.zeros_like(ids).scatter_(1, place, ids)  # of the table, for each place
+    summed = into.new_zeros(samples * tokens, into.shape[1])
+    first = torch.arange(0, samples * tokens, max(1, tokens), device=ids.device).unsqueeze(1)
+    counted = delta.masked_fill(~_counts(layer, ids).unsqueeze(2), 0)
+    summed.index_add_(0, (place + first).flatten(), counted.flatten(0, 1).to(into.dtype))
+    into.index_add_(0, row.flatten(), summed.square_())
 
 
 def _add_rows(uses: list[Use], first: int, into: Tensor) -> None:
@@ -104,6 +114,29 @@ def _add_rows(uses: list[Use], first: int, into: Tensor) -> None:
         into.addcmul_(exact, exact)
 
 
+def _add_rows_of_several(max_bytes: int, uses: list[Use], first: int, into: Tensor) -> None:
+    """`_add_rows` as it is short for a GPU: one order for as many samples as fit, and nothing is asked of it."""
+    step = max(1, max_bytes // (into.numel() * into.element_size()))
+    for start in range(0, len(uses[0][3]), step):
+        some = slice(start, start + step)
+        gradients = (_rows(layer, a[some], delta[some], first, into) for layer, _, a, delta in uses)
+        gradient = reduce(Tensor.add_, gradients)  # (samples, rows, columns)
+        norm = torch.linalg.vector_norm(gradient, dim=0)  # in one pass
+        into.addcmul_(norm, norm)
+
+
+def _rows(layer: nn.Module, a: Tensor, delta: Tensor, first: int, like: Tensor) -> Tensor:
+    """Rows first, first + 1, … of each sample's gradient. Shapes: (B, T, in), (B, T, out) → (B, rows, columns)."""
+    rows, columns = like.shape
+    if kind_of(layer) != "embedding":
+        left, right = _factors(layer, a, delta, first, first + rows)
+        return (left @ right).to(like.dtype)
+    place, _ = _factors(layer, a.long(), delta, first, first + rows)  # (B, T), −1 where not wanted
+    room = like.new_zeros(len(a), rows + 1, columns)  # what isn't wanted goes before row 0
+    room.scatter_add_(1, (place + 1).unsqueeze(2).expand(-1, -1, columns), delta.to(like.dtype))
+    return room[:, 1:]
+
+
 def _factors(layer: Any, a: Tensor, delta: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Of each sample's gradient, rows first … last − 1: it is left @ right, and for an embedding right summed by left.
 
@@ -113,7 +146,8 @@ def _factors(layer: Any, a: Tensor, delta: Tensor, first: int, last: int) -> tup
     if kind == "embedding":
         wanted = (a >= first) & (a < last) & _counts(layer, a)
         return torch.where(wanted, a - first, -1), delta
-    a, delta = _busy(a, delta)
+    if not threads.short_way(a.device):
+        a, delta = _busy(a, delta)
     if kind == "linear":
         return delta[:, :, first:last].mT, a
     return a[:, :, first:last].mT, delta

@@ -1,17 +1,36 @@
-"""In which precision a kernel computes."""
+"""In which precision a kernel computes: in that of PyTorch's own linear layer, also under autocast."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype"]
+__all__ = ["compute_dtype", "shared_dtype"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which PyTorch's own linear layer would take x: autocast's where that is on, else x's own."""
-    device = x.device.type
-    known = device in ("cpu", "cuda")  # elsewhere (meta, …) autocast can't be asked
-    if known and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    """The dtype in which PyTorch's own linear layer would take x: autocast's where that is on, else x's own.
+
+    Autocast leaves float64 and integers alone. A tensor that has autocast's dtype already looks the same with
+    autocast on and off: whether two tensors fit is asked of both (`shared_dtype`), never read from one.
+    """
+    dtype, kind = x.dtype, x.device.type
+    if dtype == torch.float64 or not dtype.is_floating_point or not torch.amp.is_autocast_available(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
+def shared_dtype(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype in which the linear layer would take all of them. x is its input, weight and bias its parameters.
+
+    Raises: TypeError where they would still differ, as PyTorch's own layer refuses them.
+    """
+    dtype = compute_dtype(x)
+    for parameter in (weight, bias):
+        if parameter is not None and parameter.dtype != x.dtype and compute_dtype(parameter) != dtype:
+            bias_dtype = None if bias is None else bias.dtype
+            raise TypeError(
+                f"{kernel}: the input is {x.dtype}, weight {weight.dtype} and bias {bias_dtype}, expected what fits "
+                f"{dtype}; convert one of them, or use torch.autocast (which leaves torch.float64 as it is)"
+            )
+    return dtype

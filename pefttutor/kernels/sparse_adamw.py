@@ -11,29 +11,27 @@ vector of their own, and torch's optimizer sees only that vector. Why it is lean
 - `selected` lets autograd deliver the k gradients; a dense one exists for one tensor at a time, in its backward.
 
 Time falls less than p: a processor reads 64 bytes for an entry of 4, so that at p = .1 four of five lines of memory
-come along. Threads share the tensors, each in lots that stay in its cache from gathering to scattering. On two quiet
-cores a step at p = .3, .1, .005 took about .86, .65 and .25 of torch's fused AdamW with a masked gradient; gathering
-and scattering alone took .60, .44 and .16 (`python -m pefttutor.bench`).
+come along. Threads share the tensors: each gathers from its own, makes torch's step on them, and scatters. On a GPU
+one step of torch's fused optimizer does it for all tensors. `python -m pefttutor.bench sparse` measures it against
+torch's fused AdamW with a masked gradient, and against six lines of stock torch on the same k-vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pefttutor.kernels.flat_entries import read, selected, sorted_places, write
-from pefttutor.kernels.threads import share
+from pefttutor.kernels import threads
+from pefttutor.kernels.flat_entries import read, selected, write
+from pefttutor.kernels.sparse_parts import Part, lots_of, parts_of, usual_way
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]
 
-PART = 1 << 18  # entries of a tensor: more are several parts, so that threads can share a large tensor
-LOT = 1 << 22  # bytes of weights that a thread takes at a time
-LINE = 64  # bytes of memory that a processor reads with an entry
+WAYS = {"fused", "foreach", "differentiable"}  # torch's settings for how it makes a step
 
 
 def sparse_adamw_reference(
@@ -63,78 +61,6 @@ def sparse_adamw_reference(
     return torch.where(mask, moved, weight)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some of a tensor's chosen entries, and the vector that an optimizer trains in their place."""
-
-    weight: Tensor
-    index: Tensor
-    values: nn.Parameter
-
-    @property
-    def touched(self) -> int:
-        """Bytes of the weight that come into the CPU's cache with its entries; another device gets all at once."""
-        return min(LINE * len(self.index), self.weight.nbytes) if self.weight.device.type == "cpu" else 0
-
-    def check(self) -> None:
-        now, then = self.weight, self.values
-        if now.dtype != then.dtype or now.device != then.device:
-            raise ValueError(
-                f"a tensor {tuple(now.shape)} is {now.dtype} on {now.device} and was {then.dtype} on {then.device} "
-                "when the optimizer was made; make the optimizer after converting the model"
-            )
-
-    def gather(self) -> None:
-        torch.index_select(self.weight.detach().view(-1), 0, self.index, out=self.values.data)
-        assert self.weight.grad is not None  # see _lots
-        self.values.grad = read(self.weight.grad, self.index)
-
-    def scatter(self) -> None:
-        write(self.weight, self.index, self.values)
-        self.values.grad = None
-
-
-def _parts(chosen: Iterable[tuple[Tensor, Tensor]]) -> Iterator[_Part]:
-    pairs = [_checked(item) for item in chosen]
-    if len({id(weight) for weight, _ in pairs}) < len(pairs):
-        raise ValueError("a tensor is given twice; give it once, with all of its chosen entries")
-    for weight, index in pairs:
-        for some in index.split(PART):
-            yield _Part(weight, some, nn.Parameter(read(weight, some)))
-
-
-def _lots(parts: Iterable[_Part]) -> list[list[_Part]]:
-    """The parts that have a gradient, in lots that a thread takes: it gathers from and scatters to its cache."""
-    lots: list[list[_Part]] = []
-    room = -1
-    for part in parts:
-        if part.weight.grad is not None:
-            room -= part.touched
-            if room < 0:
-                lots.append([])
-                room = LOT - part.touched
-            lots[-1].append(part)
-    return lots
-
-
-def _checked(pair: Any) -> tuple[Tensor, Tensor]:
-    """Raise unless this is a tensor and places of it, each once; they get sorted: that reads memory in order."""
-    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
-        raise ValueError(
-            f"a {type(pair).__name__} is given, expected pairs (tensor, index of its chosen entries); all have the "
-            "same settings: for parameter groups make an optimizer for each"
-        )
-    weight, index = pair
-    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"an index is {tuple(index.shape)} of {index.dtype}, expected the flat places (k) as int32 or int64; "
-            "of a boolean mask that is mask.flatten().nonzero().squeeze(1)"
-        )
-    if not weight.is_contiguous():
-        raise ValueError(f"a tensor {tuple(weight.shape)} isn't contiguous; call contiguous() first")
-    return weight, sorted_places(index, weight)
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a.to(b.device) == b).all())
 
@@ -143,7 +69,9 @@ class _OnChosen(torch.optim.Optimizer):
     """What makes an optimizer of torch, the next class in line, train the chosen entries alone."""
 
     def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]], lr: float = 1e-3, **settings: Any) -> None:
-        self._parts = list(_parts(chosen))
+        self._parts = list(parts_of(chosen))
+        if not WAYS & settings.keys():
+            settings |= usual_way(self._parts)
         super().__init__([part.values for part in self._parts], lr=lr, **settings)  # type: ignore[call-arg]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,12 +116,16 @@ class _OnChosen(torch.optim.Optimizer):
                 loss = closure()
         for part in self._parts:
             part.check()
-        if self._parts:
-            share(self._step_of, _lots(self._parts), self._parts[0].weight.device)
+        moving = [part for part in self._parts if part.weight.grad is not None]
+        lots = lots_of(moving) if moving else []
+        if len(lots) > 1:
+            threads.share(self._step_of, lots, moving[0].weight.device)
+        elif lots:
+            self._step_of(*lots)
         return loss
 
-    def _step_of(self, lot: list[_Part]) -> None:
-        """Gather the lot's entries and gradients, make torch's step on them, scatter them: all while in the cache."""
+    def _step_of(self, lot: list[Part]) -> None:
+        """Gather the lot's entries and gradients, make torch's step on them, scatter them."""
         for part in lot:
             part.gather()
         settings = [{**self.param_groups[0], "params": [part.values for part in lot]}]

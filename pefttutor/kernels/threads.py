@@ -17,11 +17,20 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["alone", "plain", "share"]
+__all__ = ["alone", "plain", "share", "short_way"]
 
 Piece = TypeVar("Piece")
 
 _BY_THREAD = "parallel backend: OpenMP" in torch.__config__.parallel_info()  # each thread has its own count
+
+
+def short_way(device: torch.device) -> bool:
+    """Whether a kernel has nothing to gain here from threads and pieces, and gives each order once, for the whole.
+
+    True for everything but a CPU. Another device works on an order while the next is given, as long as nobody asks
+    for a value meanwhile: there a kernel also reads none back, and makes the fewest orders that it can.
+    """
+    return device.type != "cpu"
 
 
 @cache
@@ -67,13 +76,13 @@ def share(work: Callable[[Piece], Any], pieces: Iterable[Piece], device: torch.d
     """work(piece) for every piece, in any order, on as many threads as torch has (`torch.get_num_threads()`).
 
     No two pieces may write to the same entry. Autograd records nothing, autocast is off, and inference mode is as it
-    is here. Starting costs about 0.1 ms. On another device than the CPU this thread alone gives the orders.
+    is here. Starting costs about 0.1 ms. Where `short_way` says so this thread alone gives the orders.
 
     Raises: what `work` raises, once all threads have stopped; pieces that weren't begun are dropped then.
     """
     left = deque(pieces)
     drain = partial(_drain, work, left, device, torch.is_inference_mode_enabled())
-    if device.type != "cpu" or not _BY_THREAD:
+    if short_way(device) or not _BY_THREAD:
         drain()
         return
     helpers = min(torch.get_num_threads(), len(left)) - 1

@@ -58,7 +58,7 @@ class LayerNormTuning:
         if not names:
             kinds = sorted({type(layer).__name__ for layer in model.modules()})
             raise ValueError(
-                f"LayerNormTuning: no normalisation with weights of its own among {', '.join(kinds)}."
+                f"LayerNormTuning: no LayerNorm or RMSNorm with weights of its own among {', '.join(kinds)}."
             )
         return names
 

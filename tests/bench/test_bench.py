@@ -40,7 +40,7 @@ def row(ours=1.0, peer=1.0, **settings):
     """A row whose sides return the given numbers."""
     values = {"ours": ours, "peer": peer, "bound": 0.0}
     settings = {"name": "fake", "work": "nothing", "peer": "nobody", "rounds": 3} | settings
-    return Row(build=lambda side, seed: lambda: {"y": torch.tensor([1.0, values[side]])}, **settings)
+    return Row(build=lambda side, seed, device: lambda: {"y": torch.tensor([1.0, values[side]])}, **settings)
 
 
 def result(**settings):
@@ -132,8 +132,8 @@ def test_a_row_whose_results_agree_is_measured_and_judged():
 
 
 def test_a_missing_peer_is_named():
-    def build(side, seed):
-        raise ImportError("No module named 'peft'")
+    def build(side, seed, device):
+        raise ModuleNotFoundError("No module named 'peft'")
 
     measured = run(Row(name="r", work="w", peer="p", build=build))
     assert measured.verdict == "not measured: No module named 'peft'; install the extra `bench`"
@@ -197,7 +197,7 @@ def test_state_bytes_are_what_the_optimizer_keeps():
 
 
 def test_a_goal_of_state_is_measured_and_judged():
-    def build(side, seed):
+    def build(side, seed, device):
         weight = torch.zeros(100 if side == "peer" else 25, requires_grad=True)
         return updating(torch.optim.AdamW([weight]), weight)
 
@@ -210,14 +210,18 @@ def test_a_goal_of_state_is_measured_and_judged():
 
 
 @pytest.mark.parametrize("p", [0.3, 0.1, 0.005])
-def test_both_sides_of_the_sparse_row_do_the_same_work_and_ours_keeps_no_more_than_p(monkeypatch, p):
+def test_all_sides_of_the_sparse_rows_do_the_same_work_and_ours_keeps_no_more_than_p(monkeypatch, p):
     from pefttutor.bench.rows import sparse_adamw
 
     monkeypatch.setattr(sparse_adamw, "SHAPE", (40, 50))
-    ours, peer = sparse_adamw.build("ours", 0, p=p), sparse_adamw.build("peer", 0, p=p)
-    assert difference(ours(), peer())[0] == 0
+    ours = sparse_adamw.build("ours", 0, "cpu", p=p, stock=False)
+    mask, stock = (sparse_adamw.build("peer", 0, "cpu", p=p, stock=stock) for stock in (False, True))
+    for _ in range(3):
+        after = ours()
+        assert difference(after, mask())[0] == 0
+        assert difference(after, stock())[0] == 0
     assert discover()[f"sparse_adamw_{p:g}"].goals["state"] == p
-    assert 0 < state_bytes(ours) <= p * state_bytes(peer)
+    assert 0 < state_bytes(ours) <= p * state_bytes(mask)
 
 
 @pytest.mark.skipif(
@@ -238,7 +242,15 @@ def test_json_has_every_figure_and_says_nothing_about_whose_machine_it_is():
         data["versions"]["torch"] == torch.__version__.split("+")[0]
         or torch.__version__ == data["versions"]["torch"]
     )
-    assert set(data["machine"]) == {"system", "architecture", "processor", "instructions", "cores", "threads"}
+    assert set(data["machine"]) == {
+        "system",
+        "architecture",
+        "processor",
+        "instructions",
+        "cores",
+        "threads",
+        "device",
+    }
     first, second = data["rows"]
     assert len(first["seconds"]["ours"]) == first["rounds"] == 3
     assert set(first["ratios"]) == {"time", "transient"}
@@ -286,10 +298,10 @@ def test_both_sides_of_the_linear_row_do_the_same_work(shape):
     pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
     from pefttutor.bench.rows.lora_linear import build
 
-    ours, peer = build("ours", 3, **shape)(), build("peer", 3, **shape)()
+    ours, peer = build("ours", 3, "cpu", **shape)(), build("peer", 3, "cpu", **shape)()
     assert set(ours) == {"y", "x", "lora_A", "lora_B"}
     assert difference(ours, peer)[0] < 1e-5
-    assert difference(ours, build("peer", 4, **shape)())[0] > 0.1  # another seed, other weights
+    assert difference(ours, build("peer", 4, "cpu", **shape)())[0] > 0.1  # another seed, other weights
 
 
 def test_all_sides_of_the_step_row_do_the_same_work(monkeypatch):
@@ -306,7 +318,87 @@ def test_all_sides_of_the_step_row_do_the_same_work(monkeypatch):
 
     monkeypatch.setattr(lora_step, "_model", tiny)
     monkeypatch.setattr(lora_step, "SEQUENCE", 6)
-    ours, peer = lora_step.build("ours", 0)(), lora_step.build("peer", 0)()
+    ours, peer = lora_step.build("ours", 0, "cpu")(), lora_step.build("peer", 0, "cpu")()
     assert len(ours) == 1 + 2 * 2 * 2  # the loss; two factors of two projections in two layers
     assert difference(ours, peer)[0] < 1e-4
-    assert lora_step.build("bound", 0)() == {}
+    assert lora_step.build("bound", 0, "cpu")() == {}
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_both_sides_of_the_head_rows_do_the_same_work(monkeypatch, chunk, ignored):
+    from pefttutor.bench.rows import head_loss
+
+    monkeypatch.setattr(head_loss, "TOKENS", 12)
+    monkeypatch.setattr(head_loss, "VOCABULARY", 50)
+    if chunk and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        with pytest.raises(ImportError, match=r"has no F.linear_cross_entropy, 2.13 has"):
+            head_loss.build("peer", 0, "cpu", ignored=ignored, chunk=chunk)
+        return
+    ours, peer = (head_loss.build(side, 0, "cpu", ignored=ignored, chunk=chunk) for side in ("ours", "peer"))
+    assert difference(ours(), peer())[0] < 1e-5
+
+
+def test_all_sides_of_the_lessons_step_do_the_same_work():
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    from pefttutor.bench.rows import lesson_step
+
+    ours, peer = (lesson_step.build(side, 0, "cpu", model_name="campus-nano") for side in ("ours", "peer"))
+    found = ours()
+    assert len(found) == 2 + 4 * 2 * 2  # the loss, the head; two factors of two projections in four layers
+    assert difference(found, peer())[0] < 1e-4
+    before = found["loss"]
+    assert all(ours()["loss"] != before for _ in range(2))  # it is stepped
+    assert lesson_step.build("bound", 0, "cpu", model_name="campus-nano")() == {}
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "finds no CUDA device here; leave --device out" in capsys.readouterr().err
+
+
+def test_the_clock_waits_for_the_device_before_and_after_each_step():
+    events = []
+    steps = {name: (lambda name=name: events.append(name)) for name in ("ours", "peer")}
+    time_rounds(
+        steps, 1, warmup=0, clock=lambda: events.append("clock") or 0.0, wait=lambda: events.append("wait")
+    )
+    once = ["wait", "clock", "ours", "wait", "clock"]
+    assert events == [*once, *("peer" if event == "ours" else event for event in once)]
+
+
+def test_on_cuda_its_allocator_is_asked_and_other_goals_hold(monkeypatch):
+    """CUDA in name only: the steps are on the CPU."""
+    counts = {"memory_allocated": 100, "max_memory_allocated": 350}
+    for name, count in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda count=count: count)
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    measured = run(row(goals={"resident": 0.1}, cuda_goals={"transient": 1.0, "time": 1e9}), device="cuda")
+    assert measured.bytes == {"transient": {"ours": 250, "peer": 250}}
+    assert measured.verdict == "met"
+    assert len(waits) >= 2 * 2 * 3  # around every step of every round
+    assert "on: cuda" in table(measured)
+
+
+def test_a_row_has_its_own_number_of_threads(set_threads):
+    set_threads(3)
+    seen = []
+
+    def build(side, seed, device):
+        return lambda: seen.append(torch.get_num_threads()) or {"y": torch.ones(1)}
+
+    run(Row(name="r", work="w", peer="p", build=build, threads=2, rounds=1))
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("name", ["lora_linear_768x768_t2048_r8", "head_loss"])
+def test_a_row_is_on_its_device_alone(name):
+    """The meta device is one where nothing is computed, and nothing meets a tensor of the CPU."""
+    for side in ("ours", "bound"):
+        found = discover()[name].build(side, 0, "meta")()
+        assert all(tensor.is_meta for tensor in found.values())

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pefttutor.bench.memory import transient_bytes
-from pefttutor.kernels import cross_entropy
+from pefttutor.kernels import online_softmax
 from pefttutor.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from pefttutor.memory.allocator import transient_bytes
 
 
 def draw(tokens=13, d=5, vocabulary=11, ignored=4, dtype=torch.float64, trained=("hidden", "weight", "bias")):
@@ -33,9 +33,10 @@ def run(function, tensors, labels, **options):
 @pytest.mark.parametrize("max_bytes", [1, 500, 1 << 23])
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")])
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.usefixtures("way")
 def test_equals_the_formula(monkeypatch, tokens, max_bytes, trained, threads):
-    monkeypatch.setattr(cross_entropy, "TOKENS", tokens)
-    monkeypatch.setattr(cross_entropy, "TOKENS_TRAINED", tokens)
+    monkeypatch.setattr(online_softmax, "TOKENS", tokens)
+    monkeypatch.setattr(online_softmax, "TOKENS_TRAINED", tokens)
     tensors, labels = draw(trained=trained)
     ours, wanted = (
         run(linear_cross_entropy, tensors, labels, max_bytes=max_bytes),
@@ -45,6 +46,7 @@ def test_equals_the_formula(monkeypatch, tokens, max_bytes, trained, threads):
         torch.testing.assert_close(ours[name], wanted[name])
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_are_the_numerical_ones():
     tensors, labels = draw()
     assert torch.autograd.gradcheck(
@@ -56,6 +58,7 @@ def test_gradients_are_the_numerical_ones():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
 )
+@pytest.mark.usefixtures("way")
 def test_every_dtype_against_float64(dtype, tolerance):
     tensors, labels = draw(dtype=dtype)
     exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
@@ -69,6 +72,7 @@ def test_every_dtype_against_float64(dtype, tolerance):
         torch.testing.assert_close(ours[name].double() / scale, wanted[name] / scale, rtol=0, atol=tolerance)
 
 
+@pytest.mark.usefixtures("way")
 def test_large_logits_stay_finite():
     """A label whose probability is 0 in float32, and logits whose exponential is infinite."""
     tensors, labels = draw(dtype=torch.float32)
@@ -82,6 +86,7 @@ def test_large_logits_stay_finite():
         torch.testing.assert_close(ours[name], wanted[name])
 
 
+@pytest.mark.usefixtures("way")
 def test_a_large_number_that_all_logits_share_costs_no_digits():
     tensors, labels = draw(dtype=torch.float32, trained=())
     tensors["bias"] = torch.full_like(tensors["bias"], 1e6)
@@ -94,6 +99,7 @@ def test_a_large_number_that_all_logits_share_costs_no_digits():
 
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")])
 @pytest.mark.parametrize("tokens", [1, 3000])
+@pytest.mark.usefixtures("way")
 def test_the_scale_of_a_grad_scaler_in_half_precision(tokens, trained):
     """65,536 is its first scale, and infinite in float16; and a mean over many tokens must not vanish before it."""
     tensors, labels = draw(tokens=tokens, ignored=0, dtype=torch.float16, trained=())
@@ -110,6 +116,7 @@ def test_the_scale_of_a_grad_scaler_in_half_precision(tokens, trained):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("way")
 def test_a_half_head_sums_many_tokens_of_one_label(dtype):
     """The sum is beyond what float16 has, the mean is not."""
     generator = torch.Generator().manual_seed(0)
@@ -123,6 +130,7 @@ def test_a_half_head_sums_many_tokens_of_one_label(dtype):
     assert (found[0] - found[1]).norm() < 2 * torch.finfo(dtype).eps * found[1].norm()
 
 
+@pytest.mark.usefixtures("way")
 def test_in_inference_mode():
     tensors, labels = draw()
     given = tensors["hidden"], tensors["weight"], labels, tensors["bias"]
@@ -130,6 +138,7 @@ def test_in_inference_mode():
         torch.testing.assert_close(linear_cross_entropy(*given), linear_cross_entropy_reference(*given))
 
 
+@pytest.mark.usefixtures("way")
 def test_no_label_at_all_is_nan_as_in_the_formula():
     tensors, labels = draw(ignored=13)
     ours, wanted = (
@@ -142,6 +151,7 @@ def test_no_label_at_all_is_nan_as_in_the_formula():
 
 
 @pytest.mark.parametrize("threads", [1], indirect=True)  # the profiler sees no helper's products
+@pytest.mark.usefixtures("way")
 def test_without_grad_mode_nothing_but_the_loss_is_computed(threads):
     tensors, labels = draw()
     with torch.no_grad(), torch.profiler.profile() as profiler:
@@ -153,6 +163,7 @@ def test_without_grad_mode_nothing_but_the_loss_is_computed(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.usefixtures("way")
 def test_peak_memory_is_what_logits_may_have(threads):
     tensors, labels = draw(
         tokens=64, d=4, vocabulary=5000, ignored=0, dtype=torch.float32, trained=("hidden",)
@@ -167,7 +178,7 @@ def test_peak_memory_is_what_logits_may_have(threads):
 
 
 def test_a_head_that_trains_needs_the_logits_of_some_tokens(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "TOKENS_TRAINED", 8)
+    monkeypatch.setattr(online_softmax, "TOKENS_TRAINED", 8)
     tensors, labels = draw(tokens=64, d=4, vocabulary=5000, ignored=0, dtype=torch.float32)
     logits, head = 64 * 5000 * 4, 4 * 5000 * 4
     assert transient_bytes(lambda: run(linear_cross_entropy, tensors, labels)) < 1.5 * logits / 8 + 3 * head
@@ -175,6 +186,7 @@ def test_a_head_that_trains_needs_the_logits_of_some_tokens(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")])
+@pytest.mark.usefixtures("way")
 def test_words_that_can_not_come(trained, threads):
     """A bias of minus infinity, for all words that one thread reads too: probability 0, and no NaN."""
     tensors, labels = draw(trained=())

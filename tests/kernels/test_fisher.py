@@ -52,6 +52,7 @@ def assert_same(ours, expected):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("max_bytes", "threads"), [(1 << 25, 1), (4000, 3)], indirect=["threads"])
+@pytest.mark.usefixtures("way")
 def test_every_parameter_of_every_architecture_is_that_of_batches_of_one(
     tiny, batch, kind, side, max_bytes, threads
 ):
@@ -78,6 +79,7 @@ def test_it_is_what_torch_func_says(tiny, batch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.usefixtures("way")
 def test_a_weight_tied_to_the_head_gets_the_square_of_its_sum(tiny, batch, kind):
     model, inputs = tiny(kind, dtype=F64, tie_word_embeddings=True), batch(kind)
     model.get_input_embeddings().padding_idx = 0
@@ -86,6 +88,7 @@ def test_a_weight_tied_to_the_head_gets_the_square_of_its_sum(tiny, batch, kind)
     assert_same(ours, by_loop(model, inputs))
 
 
+@pytest.mark.usefixtures("way")
 def test_the_true_fisher_is_the_expectation_over_labels(tiny, batch):
     model, inputs = tiny("bert", dtype=F64), batch("bert")
     rest = {k: v for k, v in inputs.items() if k != "labels"}
@@ -218,6 +221,7 @@ def test_two_texts_of_two_tokens_one_of_which_is_padding(tiny):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+@pytest.mark.usefixtures("way")
 def test_texts_of_one_token(tiny, kind):
     model, ids = tiny(kind, dtype=F64), torch.tensor([[5], [7], [9]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -342,6 +346,7 @@ def test_a_proof_that_saw_nothing_is_not_trusted(tiny):
     assert_means(model, examples, log_likelihood, batch_size=2)
 
 
+@pytest.mark.usefixtures("way")
 def test_in_inference_mode_too(tiny, batch):
     model, inputs = tiny("gpt2", dtype=F64), batch("gpt2")
     examples = [{name: value[s] for name, value in inputs.items()} for s in range(3)]
@@ -353,6 +358,7 @@ def test_in_inference_mode_too(tiny, batch):
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.usefixtures("way")
 def test_under_autocast_it_is_what_autograd_gives_there(tiny, batch, kind):
     model, inputs = tiny(kind), batch(kind)
 
@@ -371,6 +377,7 @@ def test_under_autocast_it_is_what_autograd_gives_there(tiny, batch, kind):
 
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.usefixtures("way")
 def test_tokens_without_a_gradient_cost_nothing_and_change_nothing(threads):
     """The value reads one token of a sample, two of another: the rest of the eight are left out."""
     model, x = (

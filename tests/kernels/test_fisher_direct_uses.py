@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor.bench.memory import transient_bytes
 from pefttutor.kernels import fisher
 from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
+from pefttutor.memory.allocator import transient_bytes
 
 F64 = torch.float64
 
@@ -105,6 +105,7 @@ def test_a_parameter_that_nothing_uses_costs_no_second_forward():
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("threads", [1], indirect=True)  # the profiler sees no helper's memory
+@pytest.mark.usefixtures("way")
 def test_memory_beside_the_result_falls_with_max_bytes(tokens, threads):
     """256 × 2048 entries: the result is 2 MiB, and so is one sample's gradient unless it is made in parts."""
     model, x = nn.Linear(256, 2048), torch.randn(2, tokens, 256)
@@ -128,6 +129,7 @@ def test_an_output_that_is_changed_in_place():
     assert_same(model, lambda: model(x).sum((1, 2)), 3)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_call_without_tokens_and_one_without_gradients():
     layer, x = nn.Linear(3, 2).double(), torch.randn(3, 4, 3).double()
 

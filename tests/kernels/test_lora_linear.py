@@ -51,12 +51,15 @@ def test_gradients_are_the_numerical_ones(trained):
     assert torch.autograd.gradcheck(lora_linear, (*tensors.values(), 0.5))
 
 
-@pytest.fixture(params=["one part", "three parts", "torch's threads"])
+@pytest.fixture(params=["whole", "three parts", "short way"])
 def parts(request, monkeypatch, set_threads):
-    """Who computes: one thread, three with tokens of their own, or torch's."""
+    """Who computes: torch's threads, three with tokens of their own, or a GPU."""
     set_threads(3)
-    monkeypatch.setattr(kernel, "SMALL", 1 << 24 if request.param == "one part" else 0)
-    monkeypatch.setattr(kernel, "FEW_TOKENS", 1 if request.param == "three parts" else 1 << 24)
+    if request.param == "three parts":
+        monkeypatch.setattr(kernel, "SMALL", 0)
+        monkeypatch.setattr(kernel, "FEW_TOKENS", 1)
+    if request.param == "short way":
+        request.getfixturevalue("short_way")
 
 
 @pytest.mark.usefixtures("parts")
@@ -251,7 +254,11 @@ def test_a_step_on_the_meta_device_allocates_nothing():
         ({"lora_A": torch.zeros(3, 7)}, ValueError, r"expected \(r, 6\) and \(7, r\)"),
         ({"lora_B": torch.zeros(7, 2)}, ValueError, r"lora_B \(7, 2\)"),
         ({"bias": torch.zeros(6)}, ValueError, r"bias is \(6,\), expected \(7,\)"),
-        ({"weight": torch.zeros(7, 6, dtype=torch.float16)}, TypeError, "float32 and weight torch.float16"),
+        (
+            {"weight": torch.zeros(7, 6, dtype=torch.float16)},
+            TypeError,
+            r"is torch.float32, weight torch.float16",
+        ),
         ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "expected floating point"),
     ],
 )

@@ -105,8 +105,8 @@ def _token_table(model: nn.Module) -> Tensor:
         table = None
     if not isinstance(table, nn.Embedding):
         raise ValueError(
-            f"PASTA adds to special tokens, and a {kind} has none: its input goes into a {type(table).__name__}, not "
-            "into token embeddings."
+            f"PASTA adds to special tokens, and a {kind} has none that it tells of: its get_input_embeddings() gives "
+            f"{'nothing' if table is None else 'a ' + type(table).__name__}, not an nn.Embedding."
         )
     return table.weight
 

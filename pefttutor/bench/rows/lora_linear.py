@@ -12,12 +12,12 @@ from pefttutor.bench.row import Row, Side, Step
 from pefttutor.kernels.lora_linear import lora_linear
 
 
-def build(side: Side, seed: int, *, inputs: int, outputs: int, tokens: int, r: int) -> Step:
+def build(side: Side, seed: int, device: str, *, inputs: int, outputs: int, tokens: int, r: int) -> Step:
     """The same weights, input and incoming gradient for every side; x needs a gradient, as inside a model."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * scale
+        return (torch.randn(*shape, generator=generator) * scale).to(device)
 
     x = draw(tokens, inputs).requires_grad_()
     weight = nn.Parameter(draw(outputs, inputs, scale=inputs**-0.5), requires_grad=False)
@@ -40,7 +40,7 @@ def _peer(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     import peft
 
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
     linear.weight = nn.Parameter(weight.detach())
     r = lora_A.shape[0]
     config = peft.LoraConfig(r=r, lora_alpha=int(scaling * r), target_modules=["0"], lora_dropout=0.0)
@@ -73,6 +73,7 @@ def _row(inputs: int, outputs: int, tokens: int, r: int, **goals: float) -> Row:
         peer="HF PEFT lora.Linear",
         build=partial(build, inputs=inputs, outputs=outputs, tokens=tokens, r=r),
         goals=goals,
+        cuda_goals={"time": 0.85},
         bound="frozen linear, forward + input gradient",
         rounds=31,
     )

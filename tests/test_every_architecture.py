@@ -1,0 +1,679 @@
+"""Every method on every architecture of tests/architectures.py: it holds, or it is refused in words that help.
+
+A cell is one method on one architecture. It runs all checks below on tiny models; a cell that is refused is checked
+for the words of the refusal, and for a model that was left as it was. In CI runs a slice, see `_cells`; the
+full matrix runs with `pytest -m architectures`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pefttutor
+from pefttutor.catalog import methods
+from tests.architectures import ARCHITECTURES, BATCHES, FAMILIES, Architecture
+
+# ---- how a method is set up on an architecture
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """A method with settings that make sense on an architecture, and what it is attached with."""
+
+    method: Any
+    sources: tuple[Any, ...] = ()
+    prepare: Callable[[Any, Any], None] = lambda model, method: None  # after attaching
+
+
+def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
+    kind = methods()[name.split(",")[0]]
+    # Where the model reads a weight past its layer, no part of it can train; as a whole it can.
+    saved = {"modules_to_save": architecture.past}
+    targets = architecture.names(model, architecture.targets)
+    scaled = architecture.names(model, architecture.scaled)
+    rows = rows_of(BATCHES[architecture.batch]())
+    share = 0.5 if architecture.past else 0.05  # the head counts in FishMask's budget
+    known: dict[str, Callable[[], SetUp]] = {
+        "LoRA": lambda: SetUp(kind(r=2, target_modules=targets)),
+        "LoRA, all-linear": lambda: SetUp(kind(r=1, target_modules="all-linear", lora_dropout=0.1, **saved)),
+        "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
+        "BitFit": lambda: SetUp(kind()),
+        "LayerNormTuning": lambda: SetUp(kind()),
+        "LinearProbe": lambda: SetUp(kind(modules_to_save=architecture.names(model, (architecture.head,)))),
+        "LastLayers": lambda: SetUp(kind(fraction=0.5)),
+        "PaFi": lambda: SetUp(kind(fraction=0.05, **saved)),
+        "SparseFineTuning": lambda: SetUp(kind(**saved), (_some_entries(model),)),
+        "FishMask": lambda: SetUp(kind(fraction=share, **saved), (rows,)),
+        "FishDip": lambda: SetUp(kind(fraction=0.05, **saved), (rows,)),
+        "SecondOrderMask": lambda: SetUp(kind(fraction=0.05, **saved), (rows,)),
+        "ChildTuningD": lambda: SetUp(kind(p_D=0.1, **saved), (rows,)),
+        "ChildTuningF": lambda: SetUp(kind(p_F=0.5)),
+        "Masking": lambda: SetUp(kind(target_modules=_matrices(model), init_sparsity=0.1, **saved)),
+        "DiffPruning": lambda: SetUp(kind(**saved)),
+        "LTSFT": lambda: SetUp(kind(fraction=0.1, **saved), (), _second_phase),
+        "AutoFreeze": lambda: SetUp(kind(interval=1)),
+        "PASTA": lambda: SetUp(kind(special_token_ids=_in_the_texts(rows))),
+    }
+    if name in known:
+        return known[name]()
+    fields = getattr(kind, "__dataclass_fields__", {})  # a method that this test doesn't know yet
+    return SetUp(kind(target_modules=targets) if "target_modules" in fields else kind())
+
+
+def _some_entries(model: nn.Module) -> dict[str, Tensor]:
+    """A fifth of every tensor that trains, at random."""
+    g = torch.Generator().manual_seed(3)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: torch.rand(p.shape, generator=g) < 0.2 for name, p in trained.items()}
+
+
+def _matrices(model: nn.Module) -> tuple[str, ...]:
+    """The whole names of all layers with a matrix as weight: linear ones, embeddings, convolutions, heads."""
+    weights = {name: module._parameters.get("weight") for name, module in model.named_modules()}
+    return tuple(name for name, weight in weights.items() if weight is not None and weight.dim() >= 2)
+
+
+def _second_phase(model: nn.Module, method: Any) -> None:
+    spread(model, scale=0.01)
+    method.rewind(model)
+
+
+def _in_the_texts(rows: list[dict[str, Tensor]]) -> tuple[int, ...]:
+    """Some tokens that are in the texts, more than one in each."""
+    texts = [row["input_ids"][-8:] for row in rows if "input_ids" in row]
+    return tuple(int(text[place]) for text in texts for place in (0, 2, 4)) or (1, 2)
+
+
+NAMES = tuple(sorted([*methods(), "LoRA, all-linear"]))
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(next(iter(batch.values()))))]
+
+
+def spread(model: nn.Module, scale: float = 0.1, seed: int = 1) -> None:
+    """Let everything that trains have values as after some training: at the start half the errors don't show."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        draw = torch.randn(p.shape, generator=g)
+        if name.endswith(("_alpha", "_group")):  # gates: a little open
+            p.data.copy_(0.8 + 0.4 * draw)
+        else:
+            p.data.add_((scale * draw).to(p.dtype))
+
+
+# ---- what a model says, and its loss
+
+
+def loss_of(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    return model(**batch).loss if "labels" in batch else model(**batch, return_loss=True).loss
+
+
+@torch.no_grad()
+def said(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    mode = model.training
+    model.eval()
+    output = model(**batch)
+    model.train(mode)
+    return {key: value for key, value in output.items() if isinstance(value, Tensor)}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone()
+    return (
+        tensor
+        if tensor.dim() == 0 or not tensor.is_floating_point()
+        else tensor.contiguous().view(torch.uint8)
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(bits(one), bits(other))
+
+
+@dataclass
+class Form:
+    """All that a model is, to compare with later."""
+
+    tensors: dict[str, Tensor]
+    trains: dict[str, bool]
+    classes: dict[str, str]
+    attributes: dict[str, list[str]]
+    hooks: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Form:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_backward_hooks",
+                  "_forward_pre_hooks_with_kwargs", "_non_persistent_buffers_set")  # fmt: skip
+        return cls(
+            {name: t.detach().clone() for name, t in tensors.items()},
+            {name: p.requires_grad for name, p in model.named_parameters()},
+            {name: type(m).__name__ for name, m in model.named_modules()},
+            {name: sorted(vars(m)) for name, m in model.named_modules()},
+            {name: [len(vars(m)[table]) for table in tables] for name, m in model.named_modules()},
+        )
+
+    def check(self, model: nn.Module) -> None:
+        now = Form.of(model)
+        for what in ("classes", "attributes", "hooks", "trains"):
+            before, after = getattr(self, what), getattr(now, what)
+            differ = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
+            assert not differ, (
+                f"{what} of {differ[:3]} were {before.get(differ[0])}, are {after.get(differ[0])}"
+            )
+        assert list(self.tensors) == list(now.tensors), set(self.tensors) ^ set(now.tensors)
+        changed = [n for n, t in self.tensors.items() if not same_bits(t, now.tensors[n])]
+        assert not changed, f"other bits in {changed[:4]}"
+
+
+# ---- the gradient, from the formulas
+
+
+@dataclass
+class ByHand:
+    """What trains as leaves, by the name it is saved under; the base's weights made of these; PASTA's vectors."""
+
+    leaves: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    vectors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, base: nn.Module) -> ByHand:
+        (attachment,) = pefttutor.attached(model).values()
+        saved, method = attachment.tensors(model), attachment.method
+        W = {name: t.detach() for name, t in (*base.named_parameters(), *base.named_buffers())}
+        trained = {
+            n: t for n, t in saved.items() if t.is_floating_point() and n not in dict(base.named_buffers())
+        }
+        leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
+        made, vectors = {}, {}
+        for name, leaf in leaves.items():
+            path, _, key = name.rpartition(".")
+            full, _, ending = name.rpartition("_")
+            weight, bias = f"{path}.weight", f"{path}.bias"
+            turned = type(base.get_submodule(path)).__name__ in ("Conv1D", "Embedding")  # stored as (in, out)
+            if name in W:
+                made[name] = leaf
+            elif key == "lora_A":
+                delta = method.scaling * leaves[f"{path}.lora_B"] @ leaf
+                made[weight] = W[weight] + (delta.t() if turned else delta)
+            elif key == "ia3_l":
+                on_input = path.endswith(tuple(method.feedforward_modules))
+                made[weight] = W[weight] * (leaf if on_input != turned else leaf[:, None])
+                if bias in W and not on_input:
+                    made[bias] = W[bias] * leaf
+            elif ending == "values":
+                place = saved[f"{full}_index"].long()
+                made[full] = W[full].flatten().index_put((place,), leaf).view_as(W[full])
+            elif ending == "scores":  # the step has the gradient 1
+                made[full] = W[full] * ((leaf > method.threshold).to(leaf.dtype) + leaf - leaf.detach())
+            elif ending == "delta":
+                z = [
+                    (leaves[f"{full}_{gate}"].sigmoid() * 3 - 1.5).clamp(0, 1) for gate in ("alpha", "group")
+                ]
+                made[full] = W[full] + z[0] * z[1] * leaf
+            elif key == "special":
+                vectors[path] = leaf
+            elif key != "lora_B" and ending not in ("alpha", "group", "norms"):
+                raise NotImplementedError(f"this test has no formula for {name}: write it here")
+        return cls(leaves, made, vectors)
+
+
+@contextlib.contextmanager
+def _special(base: nn.Module, vectors: Mapping[str, Tensor], batch: Any, method: Any) -> Iterator[None]:
+    """PASTA by hand: the i-th special token of each text gets the i-th vector, before each block."""
+
+    def add(vector: Tensor, block: nn.Module, args: Any, kwargs: Any) -> Any:
+        special = torch.isin(batch["input_ids"], torch.tensor(method.special_token_ids))
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        for text, row in enumerate(special & batch["attention_mask"].bool()):
+            for i, place in enumerate(row.nonzero().flatten().tolist()[: method.num_special]):
+                hidden[text, place] += vector[i]
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    handles = [
+        base.get_submodule(path).register_forward_pre_hook(functools.partial(add, vector), with_kwargs=True)
+        for path, vector in vectors.items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Dense autograd of the base's own loss, by the name that is saved; zero where nothing leads to the loss."""
+    by_hand, inputs = (
+        ByHand.of(model, base),
+        dict(batch) if "labels" in batch else {**batch, "return_loss": True},
+    )
+    with _special(base, by_hand.vectors, batch, pefttutor.adapted(model)):
+        loss = torch.func.functional_call(base, by_hand.weights, args=(), kwargs=inputs).loss
+    leaves = by_hand.leaves
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """What trains, by the name it is saved under, and its gradient."""
+    (attachment,) = pefttutor.attached(model).values()
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: p.grad for p in attachment.trained() if p.requires_grad}
+
+
+# ---- the checks
+
+
+class NotApplicable(Exception):
+    """The base itself can't do it."""
+
+
+def mark_of(failing: Iterable[str]) -> str:
+    return f"**fails**: {', '.join(failing)}"
+
+
+@dataclass
+class Cell:
+    """One method on one architecture, and what was found. refused: the message, if attaching was refused."""
+
+    architecture: str
+    method: str
+    refused: str | None = None
+    problems: dict[str, str] = field(default_factory=dict)  # by check
+    left_out: dict[str, str] = field(default_factory=dict)  # by check, with the reason
+
+    @property
+    def kind(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def mark(self) -> str:
+        if self.problems:
+            return mark_of(self.problems)
+        return "✓" if self.refused is None else "refused"
+
+    def batch(self) -> dict[str, Tensor]:
+        return BATCHES[self.kind.batch]()
+
+    def attach(self, model: Any) -> None:
+        given = set_up(self.method, self.kind, model)
+        half = next(model.parameters()).dtype == torch.bfloat16
+        sources = [
+            [in_half(row) for row in source] if half and isinstance(source, list) else source
+            for source in given.sources
+        ]
+        given.method.attach(model, *sources)
+        given.prepare(model, given.method)
+
+
+def run(architecture: str, method: str) -> Cell:
+    """All checks of one cell, each on what the one before has left: a trained model, a saved one, a merged one."""
+    cell = Cell(architecture, method)
+    model = cell.kind.build()
+    before = Form.of(model)
+    try:
+        cell.attach(model)
+    except ValueError as error:
+        cell.refused = str(error)
+        _note(cell, "unchanged", lambda: before.check(model))
+        return cell
+    except Exception as error:
+        cell.problems["attach"] = f"{type(error).__name__}: {error}"
+        return cell
+    for name, check in CHECKS.items():
+        _note(cell, name, functools.partial(check, cell, model))
+    return cell
+
+
+def _note(cell: Cell, name: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except NotApplicable as error:
+        cell.left_out[name] = str(error)
+    except Exception as error:
+        cell.problems[name] = f"{type(error).__name__}: {error}"
+
+
+def check_start(cell: Cell, model: Any) -> None:
+    if cell.method == "Masking":
+        raise NotApplicable("it starts with some weights masked")
+    base, batch = cell.kind.build(), cell.batch()
+    for key, value in said(base, batch).items():
+        assert torch.allclose(value, said(model, batch)[key], atol=1e-6, equal_nan=True), (
+            f"{key} differs at the start"
+        )
+
+
+def check_gradient(cell: Cell, model: Any) -> None:
+    spread(model)
+    batch = cell.batch()
+    loss_of(model, batch).backward()
+    found = gradients(model)
+    right = right_gradients(model, cell.kind.build(), batch)
+    largest = max(g.abs().max() for g in right.values() if g.numel())
+    assert found, "nothing trains"
+    assert largest > 0, "nothing gets a gradient"
+    wrong = []
+    for name, g in found.items():
+        error = right[name] - (0 if g is None else g)
+        if not float(error.norm()) <= 2e-4 * float(right[name].norm()) + 1e-5 * float(largest):
+            wrong.append(
+                f"{name}: off by {error.norm():.3g} of {right[name].norm():.3g}"
+                + (" (None)" if g is None else "")
+            )
+    assert not wrong, f"{len(wrong)} of {len(found)} gradients: {'; '.join(wrong[:3])}"
+
+
+def check_autocast(cell: Cell, model: Any) -> None:
+    batch = cell.batch()
+    if why := _works(cell.architecture, "autocast"):
+        raise NotApplicable(f"the base itself fails: {why}")
+    exact = {n: g for n, g in gradients(model).items() if g is not None}
+    for training in (True, False):
+        model.train(training).zero_grad()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, batch)
+            loss.backward()
+        rounded = gradients(model)
+        _check_finite(loss, rounded, {} if training else exact)
+    model.zero_grad()
+    one, other = (torch.cat([g[n].flatten() for n in exact]) for g in (exact, rounded))
+    alike = torch.cosine_similarity(one, other, dim=0)
+    assert alike > 0.9, f"under autocast the gradient points elsewhere: cosine {alike:.3f}"
+
+
+def _check_finite(loss: Tensor, found: Mapping[str, Tensor | None], needed: Mapping[str, Any]) -> None:
+    assert loss.isfinite(), f"the loss is {loss.item()}"
+    missing = [n for n in needed if found.get(n) is None]
+    assert not missing, f"no gradient for {missing[:3]} ({len(missing)})"
+    bad = [n for n, g in found.items() if g is not None and not g.isfinite().all()]
+    assert not bad, f"a gradient isn't finite: {bad[:3]}"
+
+
+@functools.cache
+def _works(architecture: str, how: str) -> str | None:
+    """Why the base itself can't do something, or None."""
+    kind = ARCHITECTURES[architecture]
+    model, batch = kind.build(), BATCHES[kind.batch]()
+    try:
+        if how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                loss_of(model, batch).backward()
+        else:
+            loss_of(model.bfloat16(), in_half(batch)).backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def in_half(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def check_bfloat16(cell: Cell, model: Any) -> None:
+    if why := _works(cell.architecture, "bfloat16"):
+        raise NotApplicable(f"the base itself fails: {why}")
+    half = cell.kind.build().bfloat16()
+    cell.attach(half)
+    spread(half)
+    half.train()
+    torch.manual_seed(0)
+    loss = loss_of(half, in_half(cell.batch()))
+    loss.backward()
+    _check_finite(loss, gradients(half), {})
+    assert any(g is not None and g.any() for g in gradients(half).values()), "nothing gets a gradient"
+
+
+def check_generation(cell: Cell, model: Any) -> None:
+    if not cell.kind.generates:
+        raise NotApplicable("no generation")
+    if why := _no_cache(cell.architecture):
+        raise NotApplicable(why)
+    one, other = (generated(model, cell, use_cache=use) for use in (False, True))
+    _check_alike(one, other)
+
+
+@functools.cache
+def _no_cache(architecture: str) -> str | None:
+    cell = Cell(architecture, "")
+    try:
+        _check_alike(*(generated(cell.kind.build(), cell, use_cache=use) for use in (False, True)))
+    except Exception as error:
+        return f"the base itself: {type(error).__name__}: {error}"
+    return None
+
+
+def generated(model: Any, cell: Cell, *, use_cache: bool) -> Any:
+    row = {key: value[:1] for key, value in cell.batch().items() if key != "labels"}
+    return model.generate(
+        **row, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, use_cache=use_cache,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+
+
+def _check_alike(one: Any, other: Any) -> None:
+    for i, (a, b) in enumerate(zip(one.scores, other.scores, strict=True)):
+        difference = (a - b).nan_to_num(0, 0, 0).abs().max()
+        assert difference < 1e-3, f"token {i} of 4: scores differ by {difference:.3g} with a cache"
+    assert torch.equal(one.sequences, other.sequences)
+
+
+def check_frozen(cell: Cell, model: Any) -> None:
+    """A real run of `fit` with weight decay: only what is saved may have changed, and that has."""
+    base = cell.kind.build()
+    before = Form.of(base).tensors
+    rows = rows_of(cell.batch())
+    right = right_gradients(model, base, cell.batch())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pefttutor.fit(
+            model, rows, steps=2, batch_size=3, lr=1e-2, weight_decay=0.1, warmup=0.0, progress=False,
+            loss=None if "labels" in rows[0] else loss_of,
+        )  # fmt: skip
+    (attachment,) = pefttutor.attached(model).values()
+    saved = attachment.tensors(model)
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, was in before.items():
+        if name in saved:
+            continue
+        tensor = now[name].detach()
+        if f"{name}_index" in saved and f"{name}_values" in saved:
+            outside = torch.ones(was.numel(), dtype=torch.bool)
+            outside[saved[f"{name}_index"].long()] = False
+            assert same_bits(was.flatten()[outside], tensor.flatten()[outside]), (
+                f"{name} changed outside the choice"
+            )
+            assert same_bits(tensor.flatten()[~outside], saved[f"{name}_values"]), (
+                f"{name} holds other values"
+            )
+        else:
+            assert same_bits(was, tensor), f"{name} is frozen and changed"
+    told = [str(w.message) for w in caught]
+    for message in told:
+        if "got no gradient" not in message:
+            raise AssertionError(f"fit warns: {message}")
+        for name in re.findall(r"'([^']+)'", message.split(": should train")[0]):
+            assert not right.get(name, torch.ones(1)).any(), (
+                f"fit warns of {name}, which has a gradient: {message}"
+            )
+
+
+def check_saving(cell: Cell, model: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pefttutor.save(model, folder)
+        again = pefttutor.load(cell.kind.build(), folder)
+    batch = cell.batch()
+    here, there = said(model, batch), said(again, batch)
+    differ = [
+        key
+        for key, value in here.items()
+        if not torch.allclose(value, there[key], atol=0, rtol=0, equal_nan=True)
+    ]
+    assert not differ, (
+        f"after loading {differ} differ, by {(here[differ[0]] - there[differ[0]]).abs().max():.3g}"
+    )
+
+
+def check_merging(cell: Cell, model: Any) -> None:
+    batch = cell.batch()
+    before, form = said(model, batch), Form.of(model)
+    try:
+        pefttutor.merge(model)
+    except ValueError:
+        form.check(model)
+        if cell.method == "PASTA":  # what it adds, no weight can hold
+            raise NotApplicable("no weight can hold it") from None
+        raise
+    after = said(model, batch)
+    pefttutor.unmerge(model)
+    for key, value in before.items():
+        scale = float(value.abs().nan_to_num(0, 0, 0).max())
+        off = float((value - after[key]).nan_to_num(0, 0, 0).abs().max())
+        assert off <= 2e-5 * max(scale, 1), f"merged, {key} differs by {off:.3g}"
+    now = Form.of(model)
+    changed = [n for n, t in form.tensors.items() if not same_bits(t, now.tensors[n])]
+    assert not changed, f"after unmerging other bits in {changed[:3]}"
+
+
+def check_detach(cell: Cell, model: Any) -> None:
+    model.zero_grad()
+    pefttutor.detach(model)
+    base = cell.kind.build()
+    said(base, cell.batch())  # some models note things on themselves when they run
+    Form.of(base).check(model)
+
+
+CHECKS: dict[str, Callable[[Cell, Any], None]] = {
+    "starts as the base": check_start,
+    "gradients": check_gradient,
+    "autocast": check_autocast,
+    "bfloat16": check_bfloat16,
+    "generation with a cache": check_generation,
+    "the frozen stay": check_frozen,
+    "save and load": check_saving,
+    "merging": check_merging,
+    "detach": check_detach,
+}
+
+
+# ---- what may be refused, and in which words
+
+_NO_BIAS = ("Mistral", "Qwen3", "Gemma2", "Gemma3", "Phi3", "MPT", "Cohere", "OLMo", "OLMo2", "Granite", "T5",
+            "Mixtral", "Switch")  # fmt: skip
+_TWO_TEXTS = ("T5", "BART", "mBART", "Pegasus", "Marian", "Switch")
+_NO_TOKENS = ("Whisper", "ViT", "Swin", "ConvNeXt", "BEiT", "DINOv2", "ResNet", "Wav2Vec2", "HuBERT",
+              "Whisper, encoder")  # fmt: skip
+_NO_LABELS = r"needs labels, and an example has only input_ids, .*give log_likelihood="
+_NOT_LINEAR = r"'[\w.]+' can't be adapted: it is a Conv2d, not.*It has: "
+
+# By method: the message's pattern, and for which architectures.
+REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "BitFit": {r"this model has no bias.*Take LayerNormTuning, LoRA, or": _NO_BIAS},
+    "PASTA": {
+        r"reads one text, and a \w+ has two; take an encoder or a decoder alone": _TWO_TEXTS,
+        r"adds to special tokens, and a \w+ has none: it reads (pixel|input)_(values|features)\.": _NO_TOKENS,
+        r"adds to special tokens, and a CLIPModel has none that it tells of": ("CLIP",),
+        r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
+    },
+    "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
+    "LoRA": {_NOT_LINEAR: ("ResNet",)},
+    "IA3": {_NOT_LINEAR: ("ResNet",)},
+    **{name: {_NO_LABELS: ("CLIP",)} for name in ("ChildTuningD", "FishDip", "FishMask", "SecondOrderMask")},
+}
+
+# Known faults, by cell: the checks that fail, and why.
+REPORTED: dict[tuple[str, str], dict[str, str]] = {}
+
+
+def declared(architecture: str, method: str) -> str | None:
+    """The pattern of the refusal that is expected, or None."""
+    patterns = REFUSED.get(method, {}).items()
+    return next((pattern for pattern, where in patterns if architecture in where), None)
+
+
+# ---- which cells run in CI: three methods everywhere, and all methods where each check is met by each family
+
+EVERYWHERE = ("LoRA", "SparseFineTuning", "BitFit")
+REPRESENTATIVE = ("Qwen2", "GPT-2", "DeBERTa-v2", "T5", "Mamba", "Qwen2-MoE", "Swin", "HuBERT", "LLaVA")
+
+
+def _cells() -> Iterator[Any]:
+    for architecture in ARCHITECTURES:
+        for method in NAMES:
+            in_slice = method in EVERYWHERE or architecture in REPRESENTATIVE
+            marks = () if in_slice else (pytest.mark.architectures,)
+            yield pytest.param(architecture, method, marks=marks, id=f"{architecture}-{method}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """The models are so small that threads would only wait for each other."""
+    set_threads(1)
+
+
+# The router of Switch casts its own weights whenever it runs, and for that torch looks at the .grad of computed ones.
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning:torch.nn.modules.module"
+)
+@pytest.mark.parametrize(("architecture", "method"), list(_cells()))
+def test_it_holds_or_is_refused_in_words_that_help(architecture: str, method: str) -> None:
+    cell = run(architecture, method)
+    pattern = declared(architecture, method)
+    assert set(cell.problems) == set(REPORTED.get((architecture, method), ())), cell.problems
+    assert (cell.refused is None) == (pattern is None), cell.refused
+    assert pattern is None or re.search(pattern, cell.refused or "", re.DOTALL), cell.refused
+
+
+@pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if kind.past])
+@pytest.mark.parametrize("method", ["SparseFineTuning", "DiffPruning", "Masking"])
+def test_a_weight_that_is_read_past_its_layer_is_refused(architecture: str, method: str) -> None:
+    kind = ARCHITECTURES[architecture]
+    model = kind.build()
+    before = Form.of(model)
+    given = set_up(method, replace(kind, past=()), model)
+    with pytest.raises(ValueError, match=r"is read without calling its layer.*modules_to_save=\('\w+',\)"):
+        given.method.attach(model, *given.sources)
+    before.check(model)
+
+
+def test_the_zoo_is_large_enough() -> None:
+    families = [kind.family for kind in ARCHITECTURES.values()]
+    assert len(families) >= 36
+    assert {ARCHITECTURES[name].family for name in REPRESENTATIVE} == set(FAMILIES) == set(families)
+
+
+def test_the_published_table_has_every_architecture_and_method() -> None:
+    text = (Path(__file__).parent.parent / ".github" / "architectures.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[1:] for row in rows if row[0] not in ARCHITECTURES] == [list(NAMES)] * len(FAMILIES)
+    marks = {
+        (row[0], name): mark
+        for row in rows
+        if row[0] in ARCHITECTURES
+        for name, mark in zip(NAMES, row[1:], strict=True)
+    }
+    expected = {
+        (a, m): mark_of(REPORTED[a, m]) if (a, m) in REPORTED else "refused" if declared(a, m) else "✓"
+        for a in ARCHITECTURES
+        for m in NAMES
+    }
+    assert marks == expected, "run: python -m tests.architectures"
