@@ -48,7 +48,7 @@ FILE_LINES = 260
 FUNCTION_LINES = 45  # without the docstring
 LONGER_FUNCTIONS = {  # each with its own bound, and a reason
     "memory/training.py estimate": 59,  # the table of a step, one line for each part of the memory
-    "memory/encoders.py t5": 55,  # both stacks of an encoder-decoder, read from top to bottom
+    "memory/encoders.py t5": 51,  # both stacks of an encoder-decoder, read from top to bottom
     "check/ex10_answers.py _step": 48,  # one optimizer step with every known mistake as a branch
     "train/loop.py fit": 62,  # every setting of a run is a keyword of its own, on a line of its own
 }

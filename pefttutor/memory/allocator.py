@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ def transient_bytes(step: Callable[[], Any]) -> int:
     a matrix library takes for itself is not counted, nor what a helper thread of `kernels.threads` allocates: where
     that is large, measure with one thread. The step runs once beforehand, outside the count.
     """
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # else torch's profiler tells stderr when it starts and stops
     step()
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -31,6 +31,7 @@ __all__ = [
     "base_of",
     "check_apart",
     "find",
+    "share_a_weight",
 ]
 
 DEFAULT = "default"  # the name of an attachment that was given none
@@ -161,7 +162,9 @@ def attaching(model: nn.Module, method: Any, name: str = DEFAULT) -> Iterator[At
     _check_name(before, name)
     with restored_on_error(model):
         carried = before or Attachments(
-            {}, _described(model), frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+            {},
+            _described(model),
+            frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
         )
         new = Attachment(name, method)
         yield new
@@ -202,6 +205,20 @@ def base_of(model: nn.Module, without: Collection[str]) -> dict[str, Any]:
     return {name: values for name, values in (kept | now).items() if name not in without}
 
 
+def share_a_weight(one: Attachment, other: Attachment, *, besides: type | None = None) -> bool:
+    """Whether a tensor of the base belongs to a part of each, and the two parts aren't simply added.
+
+    besides: two parts of this type don't count.
+    """
+    return any(
+        {id(t) for t in mine.touched()} & {id(t) for t in theirs.touched()}
+        and not (mine.additive and theirs.additive)
+        and not (besides and isinstance(mine, besides) and isinstance(theirs, besides))
+        for mine in one.parts
+        for theirs in other.parts
+    )
+
+
 def check_apart(carried: Attachments, new: Attachment, *, switched: bool = False) -> None:
     """Raise ValueError if `new` and another active attachment would both change the same tensor in place.
 
@@ -210,6 +227,11 @@ def check_apart(carried: Attachments, new: Attachment, *, switched: bool = False
     for other in carried.by_name.values():
         if not (other.active or switched):
             continue
+        if other.merged and share_a_weight(new, other):
+            raise ValueError(
+                f"{other.name!r} ({type(other.method).__name__}) is merged into a weight that {new.name!r} "
+                f"({type(new.method).__name__}) builds on: pefttutor.unmerge(model) first."
+            )
         theirs = {id(t) for part in other.parts for t in part.changed_in_place()}
         shared = [key for part in new.parts for key, t in part.named_in_place() if id(t) in theirs]
         if shared:

@@ -23,6 +23,7 @@ def rechoose(model: nn.Module, attachment: Attachment, choice: Callable[[], Mapp
 
     Raises: what `choice` and `train_entries` raise; then the choice is the old one.
     """
+    _check_acting(attachment)
     before = attachment.parts
     old = [part for part in before if isinstance(part, Entries)]
     for part in old:
@@ -60,6 +61,7 @@ def settle_as(
 
     Raises: what `train_entries` raises; then the attachment is as it was.
     """
+    _check_acting(attachment)
     before = attachment.parts
     for part in reversed(list(old)):
         part.switch(False)
@@ -83,3 +85,11 @@ def settle_as(
     carried = attachments(model)
     assert carried is not None
     carried.apply(model)
+
+
+def _check_acting(attachment: Attachment) -> None:
+    if attachment.merged or not attachment.active:
+        raise ValueError(
+            f"{attachment.name!r} is {'merged' if attachment.merged else 'switched off'}: "
+            f"{'pefttutor.unmerge(model)' if attachment.merged else 'pefttutor.switch(model, …)'} first."
+        )

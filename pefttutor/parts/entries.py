@@ -24,7 +24,7 @@ from pefttutor.parts.called import check_called
 from pefttutor.parts.freezing import InPlace, aside, fully_trained, train_fully, whole
 from pefttutor.parts.part import Key, owners
 from pefttutor.parts.places import places
-from pefttutor.parts.shadow import shadow, unshadow
+from pefttutor.parts.shadow import hush, shadow, unshadow
 
 __all__ = [
     "INDEX",
@@ -182,21 +182,22 @@ class Entries(Settled):
             shadow(layer, key, self.name, make, first=True)
 
     def switch(self, on: bool) -> None:
+        self._hush(on=on)
         if on:
             write(self.weight, self.index, self.values)
-            self._show()
         else:
-            for layer, key in self.owners:
-                unshadow(layer, key, self.name)
             self._write(self.start)
 
     def fold(self) -> None:
         self.after_step()
-        for layer, key in self.owners:
-            unshadow(layer, key, self.name)
+        self._hush(on=False)
 
     def unfold(self) -> None:
-        self._show()
+        self._hush(on=True)
+
+    def _hush(self, *, on: bool) -> None:
+        for layer, key in self.owners:
+            hush(layer, key, self.name, on=on)
 
     def after_step(self) -> None:
         write(self.weight, self.index, self.values)
@@ -211,6 +212,7 @@ class Entries(Settled):
 
     def remove(self) -> None:
         for layer, key in self.owners:
+            unshadow(layer, key, self.name)
             layer._parameters.pop(added_key(key + VALUES, self.name), None)
             layer._buffers.pop(added_key(key + INDEX, self.name), None)
 

@@ -63,8 +63,9 @@ def fully_trained(model: nn.Module, modules_to_save: Collection[str]) -> tuple[l
     if not modules_to_save:
         return [], []
     modules = find_modules(model, modules_to_save, field="modules_to_save").values()
-    inside = {p for m in modules for p in m.parameters() if p.is_floating_point()}
-    buffers = {b for m in modules for b in m.buffers()}
+    others = _added_by_others(model)
+    inside = {p for m in modules for p in m.parameters() if p.is_floating_point() and id(p) not in others}
+    buffers = {b for m in modules for b in m.buffers() if id(b) not in others}
     persistent = model.state_dict().keys()
     return (
         [name for name, p in model.named_parameters() if p in inside],
@@ -90,13 +91,17 @@ def train_everything(model: nn.Module, *, beside: bool = False) -> Whole:
 
 def base_buffers(model: nn.Module) -> list[Tensor]:
     """The buffers of the base, without those that attachments have added."""
+    ours = _added_by_others(model)
+    return [b for b in model.buffers() if id(b) not in ours]
+
+
+def _added_by_others(model: nn.Module) -> set[int]:
+    """The ids of all tensors that attachments have put beside the base's own."""
     from pefttutor.parts.attachment import attachments
 
     carried = attachments(model)
-    ours = (
-        {id(t) for a in carried.by_name.values() for part in a.parts for t in part.added()} if carried else ()
-    )
-    return [b for b in model.buffers() if id(b) not in ours]
+    parts = [part for a in carried.by_name.values() for part in a.parts] if carried else []
+    return {id(tensor) for part in parts for tensor in part.added()}
 
 
 def whole(model: nn.Module) -> list[str]:
@@ -110,9 +115,7 @@ def whole(model: nn.Module) -> list[str]:
     carried = attachments(model)
     tensors = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     trained = carried.trained if carried else {name for name, p in tensors.items() if p.requires_grad}
-    ours = (
-        {id(p) for a in carried.by_name.values() for part in a.parts for p in part.added()} if carried else ()
-    )
+    ours = _added_by_others(model)
     base = {name: p for name, p in tensors.items() if id(p) not in ours}
     return [name for name in base if name in trained] or list(base)
 

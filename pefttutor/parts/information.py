@@ -70,8 +70,10 @@ def fisher_information(
     starts = [0, *range(first, len(chosen), batch_size)]
     trusted: set[nn.Module] = set()
     with evaluating(model), _all_trained(model):
-        with torch.no_grad():  # some models change their own weights when they first run, as Switch's router does
-            value(model, {k: v.to(device) for k, v in stack(chosen[:1]).items()})
+        with (
+            torch.no_grad()
+        ):  # some models change their own weights when they first run, as Switch's router does
+            value(model, {k: v.to(device) for k, v in stack(chosen[:first]).items()})
         total = no_squares(model)
         for start, end in pairwise([*starts, len(chosen)]):
             batch = {k: v.to(device) for k, v in stack(chosen[start:end]).items()}

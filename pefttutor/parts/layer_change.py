@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.parts.linear import is_plain, stored_as, why_not_linear
-from pefttutor.parts.part import Part, owners
+from pefttutor.parts.part import Part
 
 __all__ = ["AdaptedLayer", "LayerChange"]
 
@@ -165,45 +165,58 @@ class LayerChange(Part):
     def keep(self, model: nn.Module) -> None:
         base = vars(self.layer)["_base"]
         for key, value in _made(base, [self]).items():
-            if owners(model, base[key]):  # tied: the other layers go on with the weight of before
-                base[key] = _like(base[key], value)
+            before = base[key]
+            if before is None:
+                base[key] = _like(base["weight"], value)
+            elif _held_elsewhere(
+                model, before, self.layer
+            ):  # tied: the others go on with the weight of before
+                base[key] = _like(before, value)
                 _untie(model)
             else:
-                base[key].data = value.to(base[key].dtype)
+                before.data = value.to(before.dtype)
         self.on = self.folded = False
         _refold(self.layer)
 
 
 def _refold(layer: Any) -> None:
     """Let weight and bias hold what the folded changes make of the base's; without any, be the very base's again."""
-    own = {
-        key: layer._parameters[key] for key in ("weight", "bias") if layer._parameters.get(key) is not None
-    }
+    own = {key: layer._parameters[key] for key in ("weight", "bias") if key in layer._parameters}
     base = vars(layer).setdefault("_base", own)
-    for parameter in base.values():
-        parameter.data = parameter.data.to(
-            layer.weight.device, layer.weight.dtype
-        )  # the model may have moved
+    for parameter in [parameter for parameter in base.values() if parameter is not None]:
+        parameter.data = parameter.data.to(layer.weight)  # the model may have moved meanwhile
     layer._parameters.update(base)
     folded = [change for change in vars(layer)["_changes"].values() if change.folded]
-    if folded:
-        made = {key: _like(base[key], value) for key, value in _made(base, folded).items()}
-        layer._parameters.update(made)
-    else:
+    if not folded:
         del vars(layer)["_base"]
+        return
+    for key, value in _made(base, folded).items():
+        before = base[key] if base[key] is not None else base["weight"]
+        layer._parameters[key] = _like(before, value)
 
 
 @torch.no_grad()
-def _made(base: Mapping[str, nn.Parameter], changes: Sequence[LayerChange]) -> dict[str, Tensor]:
+def _made(base: Mapping[str, Any], changes: Sequence[LayerChange]) -> dict[str, Tensor]:
     """What the changes make of weight and bias, in float32 at least and the layer's own order; unchanged: left out."""
     layer = changes[0].layer
     wide = torch.promote_types(base["weight"].dtype, torch.float32)
     weight = stored_as(layer, base["weight"].to(wide))
-    bias = before = base["bias"].to(wide) if "bias" in base else None
+    bias = before = base["bias"].to(wide) if base.get("bias") is not None else None
     for change in changes:
         weight, bias = change.folded_into(weight, bias)
     made = {"weight": stored_as(layer, weight)}
     return made if bias is before or bias is None else made | {"bias": bias}
+
+
+def _held_elsewhere(model: nn.Module, parameter: nn.Parameter, layer: nn.Module) -> bool:
+    """Whether another layer holds the parameter, or has it as its base while something is folded in there."""
+    others = [module for module in model.modules() if module is not layer]
+    held = [
+        p
+        for module in others
+        for p in (*module._parameters.values(), *vars(module).get("_base", {}).values())
+    ]
+    return any(p is parameter for p in held)
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

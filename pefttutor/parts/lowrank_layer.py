@@ -90,6 +90,10 @@ class LowRank(LayerChange):
         low_rank = F.linear(F.linear(branch, A.to(x.dtype)), B.to(x.dtype))  # (…, r) → (…, out)
         return y + (self.scaling * low_rank).to(y.dtype)
 
+    def touched(self) -> list[Tensor]:
+        weight = self.layer._parameters.get("weight")
+        return [] if weight is None else [weight]
+
     def delta(self) -> Tensor:
         """ΔW = s · B A, at least in float32. Shapes: → (out, in)."""
         A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors)

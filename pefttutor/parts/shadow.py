@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pefttutor.parts.part import Key, Part, owners
 
-__all__ = ["Shadowed", "shadow", "unshadow"]
+__all__ = ["Shadowed", "hush", "shadow", "unshadow"]
 
 # make(layer, key, weight) → what the layer computes with, or None for the weight as it is
 Make = Callable[[nn.Module, str, Tensor], Tensor | None]
@@ -35,6 +35,7 @@ def shadow(layer: nn.Module, key: str, name: str, make: Make, *, first: bool = F
 
 def unshadow(layer: nn.Module, key: str, name: str) -> None:
     """Take the attachment's tensor away again; the last one takes the hooks along."""
+    hush(layer, key, name, on=True)
     chain = {other: make for other, make in shadows(layer)[key].items() if other != name}
     if chain:
         vars(layer)["_shadows"][key] = chain
@@ -47,6 +48,15 @@ def unshadow(layer: nn.Module, key: str, name: str) -> None:
         for handle in [handle for handle, hook in hooks.items() if hook is ours]:
             del hooks[handle]
             layer._forward_hooks_always_called.pop(handle, None)
+
+
+def hush(layer: nn.Module, key: str, name: str, *, on: bool) -> None:
+    """Let the attachment's tensor stand in the parameter's place again (on), or not; its turn among others stays."""
+    hushed = vars(layer).get("_hushed", frozenset())
+    hushed = hushed - {(key, name)} if on else hushed | {(key, name)}
+    vars(layer).pop("_hushed", None)
+    if hushed:
+        vars(layer)["_hushed"] = hushed
 
 
 def shadows(layer: nn.Module) -> Mapping[str, Mapping[str, Make]]:
@@ -88,7 +98,7 @@ class Shadowed(Part):
 
     def switch(self, on: bool) -> None:
         for layer, key in self.owners:
-            shadow(layer, key, self.name, self.make) if on else unshadow(layer, key, self.name)
+            hush(layer, key, self.name, on=on)
 
     def touched(self) -> list[Tensor]:
         return [self.weight]
@@ -119,16 +129,18 @@ class Shadowed(Part):
         self.base = None
 
     def remove(self) -> None:
-        for layer, _ in self.owners:
+        for layer, key in self.owners:
+            unshadow(layer, key, self.name)
             for added in self.added_keys:
                 layer._parameters.pop(added, None)
 
 
 def _show(layer: nn.Module, args: Any) -> None:
+    hushed = vars(layer).get("_hushed", ())
     for key, chain in shadows(layer).items():
         weight = now = layer._parameters[key]
         assert weight is not None
-        for make in chain.values():
+        for make in [make for name, make in chain.items() if (key, name) not in hushed]:
             made = make(layer, key, now)  # type: ignore[arg-type]
             now = now if made is None else made  # type: ignore[assignment]
         if now is not weight:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pefttutor.parts.attachment import Attachment, Attachments, attachments, check_apart, find
+from pefttutor.parts.attachment import Attachment, Attachments, attachments, check_apart, find, share_a_weight
 from pefttutor.parts.checkpointing import close_to_checkpointing
+from pefttutor.parts.layer_change import LayerChange
 
 __all__ = ["detach", "merge", "merged", "switch", "unmerge"]
 
@@ -41,8 +42,10 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
             raise ValueError(
                 f"{attachment.name!r} is merged into the weights: pefttutor.unmerge(model) first."
             )
-    for i, one in enumerate(chosen):
-        check_apart(Attachments({a.name: a for a in chosen[:i]}, None, frozenset()), one, switched=True)
+    for i, attachment in enumerate(chosen):
+        check_apart(
+            Attachments({a.name: a for a in chosen[:i]}, None, frozenset()), attachment, switched=True
+        )
     for attachment in reversed([a for a in changing if a.active]):
         _switch(attachment, False)
     for attachment in [a for a in changing if a in chosen]:
@@ -94,19 +97,30 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
 def unmerge(model: nn.Module, *names: str) -> nn.Module:
     """Put the base's weights back, exactly as they were. Without names, for all that are merged.
 
-    Raises: RuntimeError if nothing is merged, ValueError for a name that isn't there.
+    Raises: RuntimeError if nothing is merged; ValueError for a name that isn't there, or for one of two that were
+        merged together into a weight to which they aren't simply added. Nothing has been changed then.
     """
     chosen = _chosen(model, names, [a for a in _there(model) if a.merged])
     for attachment in chosen:
         if not attachment.merged:
             raise RuntimeError(f"{attachment.name!r} isn't merged, so there is nothing to unmerge.")
+        for other in _there(model):
+            if other.merged and other not in chosen and share_a_weight(attachment, other):
+                raise ValueError(
+                    f"{attachment.name!r} and {other.name!r} are merged into a weight to which they aren't simply "
+                    "added: unmerge both."
+                )
     if not chosen:
         raise RuntimeError("this model isn't merged, so there is nothing to unmerge.")
+    _unmerge(chosen)
+    return model
+
+
+def _unmerge(chosen: list[Attachment]) -> None:
     for attachment in reversed(chosen):
         for part in reversed(attachment.parts):
             part.unfold()
         attachment.merged = False
-    return model
 
 
 def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
@@ -125,15 +139,17 @@ def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
     """
     carried = _carried(model)
     chosen = _chosen(model, names, list(carried.by_name.values()))
+    for attachment in chosen if keep else ():
+        _check_foldable(model, attachment, chosen, for_good=True)
     unmerged = [attachment.name for attachment in chosen if not attachment.merged]
     if keep and unmerged:
         merge(model, *unmerged)
-    for attachment in reversed(chosen):
+    for attachment in chosen if keep else reversed(chosen):
         if keep:
             for part in attachment.parts:
                 part.keep(model)
         elif attachment.merged:
-            unmerge(model, attachment.name)
+            _unmerge([attachment])
         if attachment.active and not keep:
             _switch(attachment, False)
         for part in reversed(attachment.parts):
@@ -162,11 +178,18 @@ def _carried(model: nn.Module) -> Attachments:
 
 def _chosen(model: nn.Module, names: tuple[str, ...], otherwise: list[Attachment]) -> list[Attachment]:
     _carried(model)
-    return [find(model, name) for name in dict.fromkeys(names)] if names else otherwise
+    named = [find(model, name) for name in names]
+    return [a for a in _there(model) if a in named] if names else otherwise  # in the order of attaching
 
 
-def _check_foldable(model: nn.Module, attachment: Attachment, together: list[Attachment]) -> None:
-    """Raise ValueError if a part can't be folded, or if the result would depend on another attachment."""
+def _check_foldable(
+    model: nn.Module, attachment: Attachment, together: list[Attachment], *, for_good: bool = False
+) -> None:
+    """Raise ValueError if a part can't be folded, or if the weights would then hold what another one builds on.
+
+    together: what is folded along; changes of one layer are folded in the order in which they act. for_good: also one
+    that is switched off is in the way, since it would come back to weights that it doesn't know.
+    """
     kind = type(attachment.method).__name__
     for part in attachment.parts:
         try:
@@ -174,14 +197,12 @@ def _check_foldable(model: nn.Module, attachment: Attachment, together: list[Att
         except ValueError as error:
             raise ValueError(f"{attachment.name!r} ({kind}) can't be merged: {error}") from None
     for other in _there(model):
-        if other in together or not other.active:
+        if other is attachment or not (other.active or for_good) or not share_a_weight(attachment, other):
             continue
-        for theirs in other.parts:
-            for ours in attachment.parts:
-                shared = {id(t) for t in theirs.touched()} & {id(t) for t in ours.touched()}
-                if shared and not (theirs.additive and ours.additive):
-                    raise ValueError(
-                        f"{attachment.name!r} ({kind}) and {other.name!r} "
-                        f"({type(other.method).__name__}) share a weight, so one can't be merged without the other: "
-                        "name both, or switch that one off."
-                    )
+        if other in together and not share_a_weight(attachment, other, besides=LayerChange):
+            continue
+        way_out = "take the other one out first" if for_good else "switch the other one off first"
+        raise ValueError(
+            f"{attachment.name!r} ({kind}) and {other.name!r} ({type(other.method).__name__}) share a weight and "
+            f"aren't simply added to it, so neither can be merged alone: {way_out}."
+        )

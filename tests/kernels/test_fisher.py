@@ -202,6 +202,17 @@ def test_a_gradient_that_is_not_finite_is_refused(bad):
         squared_gradients(model, forward, samples=3)
 
 
+@pytest.mark.usefixtures("way")
+def test_one_of_two_uses_gets_no_gradient():
+    layer, x = nn.Linear(3, 2).double(), torch.randn(3, 4, 3, dtype=F64)
+
+    def forward():
+        layer(x.cos())  # for nothing
+        return layer(x).sin().sum((1, 2))
+
+    assert_same(squared_gradients(layer, forward, samples=3), squared_gradients_reference(layer, forward))
+
+
 def test_a_batch_as_large_as_its_texts_are_long(tiny):
     """T5 looks its position bias up by (query, key): with as many queries as samples it looks like a batch."""
     model, generator = tiny("t5", dtype=F64), torch.Generator().manual_seed(2)

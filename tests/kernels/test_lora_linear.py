@@ -70,6 +70,19 @@ def test_equals_the_formula_for_any_leading_dimensions(lead, trained):
     assert_same(run(lora_linear, tensors), run(lora_linear_reference, tensors))
 
 
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_whatever_lies_in_fresh_memory(dtype):
+    """Products go into memory that isn't cleared: here it is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        found = run(lora_linear, draw(2, 3, dtype=dtype, trained=NAMES))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in found.values())
+
+
 def test_no_bias():
     tensors = draw(4, trained=("x", "lora_A", "lora_B")) | {"bias": None}
     assert_same(run(lora_linear, tensors), run(lora_linear_reference, tensors))

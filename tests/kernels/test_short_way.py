@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pefttutor import kernels
+from pefttutor.kernels import lora_linear as lora_kernel
+from pefttutor.kernels import sparse_parts
 from pefttutor.kernels import threads as kernel_threads
 from pefttutor.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
@@ -47,6 +49,16 @@ def head(device="cpu"):
     return [t.requires_grad_() for t in (hidden, weight, bias)], labels
 
 
+@pytest.fixture
+def large(monkeypatch, set_threads):
+    """Everything is large enough for threads, and sharing it with them is an error."""
+    set_threads(3)
+    for module, name in ((lora_kernel, "SMALL"), (lora_kernel, "FEW_TOKENS"), (sparse_parts, "FEW")):
+        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(kernel_threads, "share", lambda *_: pytest.fail("there is nothing to share"))
+
+
+@pytest.mark.usefixtures("large")
 def test_lora_linear(watched):
     tensors = lora()
     y = lora_linear_reference(*tensors.values(), 0.5)
@@ -57,6 +69,14 @@ def test_lora_linear(watched):
         found = torch.autograd.grad(ours, list(tensors.values()), incoming)
     assert not asked
     torch.testing.assert_close([ours, *found], [y, *expected])
+
+
+def test_what_is_narrow_is_stored_row_by_row():
+    """x Aᵀ (tokens, r) in the usual order there, and column by column on a CPU."""
+    y = lora_linear(*lora().values(), 0.5)
+    assert y.grad_fn.next_functions  # the last operation is the kernel's
+    (narrow,) = (t for t in y.grad_fn.saved_tensors if t.shape == (15, 2))
+    assert narrow.is_contiguous()
 
 
 @pytest.mark.parametrize("max_bytes", [None, 600])
@@ -87,13 +107,13 @@ def test_padding_that_is_not_finite_does_not_count(watched):
         (SparseSGD, torch.optim.SGD, {"momentum": 0.9}),
     ],
 )
-def test_a_sparse_step_is_torchs_fused_one_on_each_tensor_once(watched, monkeypatch, ours, torchs, settings):
+@pytest.mark.usefixtures("large")
+def test_a_sparse_step_is_torchs_fused_one_on_each_tensor_once(watched, ours, torchs, settings):
     weights = [nn.Parameter(draw(9, 8, seed=s)) for s in range(3)]
     twins = [nn.Parameter(w.detach().clone()) for w in weights]
     index = [torch.arange(s, 72, 3, dtype=torch.int32) for s in range(3)]
     optimizer = ours(zip(weights, index, strict=True), lr=0.1, **settings)
     assert optimizer.param_groups[0]["fused"]
-    monkeypatch.setattr(kernel_threads, "share", lambda *_: pytest.fail("there is nothing to share"))
     peer = torchs(twins, lr=0.1, fused=True, **settings)
     for step in range(3):
         for weight, twin in zip(weights, twins, strict=True):

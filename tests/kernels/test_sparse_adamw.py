@@ -207,6 +207,16 @@ def test_a_closure_is_called_once_with_gradients_on():
     torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 0.8, 1.0]))
 
 
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_threads_get_lots_of_about_the_same_size(monkeypatch, request, parts, threads):
+    sizes = [5, 1, 30, 12, 13, 3]
+    tensors = [torch.zeros(40) for _ in sizes]
+    chosen = [(tensor, torch.arange(size)) for tensor, size in zip(tensors, sizes, strict=True)]
+    lots = sparse_parts.lots_of(list(sparse_parts.parts_of(chosen)))
+    found = sorted(sum(part.index.numel() for part in lot) for lot in lots)
+    assert found == ([31, 33] if sparse_parts.FEW == 0 else [64])
+
+
 @pytest.mark.parametrize("short", [True, False])
 def test_writing_works_where_torch_scatters_by_int64_only(monkeypatch, short):
     able = flat_entries._scatters_by_int32("cpu")

@@ -47,6 +47,18 @@ def test_as_many_pieces_at_a_time_as_torch_has_threads(threads):
 
 
 @THREE
+def test_a_gpus_orders_are_given_by_this_thread_alone(threads, short_way):
+    seen = []
+
+    def work(piece):
+        threading.Event().wait(0.01)  # time enough for another thread to take the next one
+        seen.append((piece, threading.get_ident(), torch.is_grad_enabled()))
+
+    share(work, range(9), CPU)
+    assert seen == [(piece, threading.get_ident(), False) for piece in range(9)]
+
+
+@THREE
 def test_each_thread_computes_alone_and_records_nothing(threads):
     together, seen = threading.Barrier(3), []
 

@@ -19,6 +19,7 @@ from pefttutor import LoRA, freeze, merge, trainable, unmerge
 from pefttutor.method import merged
 from pefttutor.parts.layer_change import AdaptedLayer
 from pefttutor.parts.lowrank_layer import draw_factors
+from tests.tiny import checkpointed
 
 F64 = torch.float64
 
@@ -378,7 +379,10 @@ def test_hooks_and_their_handles_survive():
         layer.register_full_backward_hook(lambda *a: calls.append("backward")),
     ]
     model = LoRA(r=2, target_modules=("0",)).attach(nn.Sequential(layer, nn.Linear(4, 1)))
-    model(torch.randn(3, 6)).sum().backward()
+    x = torch.randn(
+        3, 6, requires_grad=True
+    )  # else torch warns that the backward hook sees no gradient of it
+    model(x).sum().backward()
     assert calls == ["pre", "forward", "backward"]
     for handle in handles:
         handle.remove()
@@ -419,17 +423,16 @@ def test_copies_and_pickles_work_and_share_nothing(tiny, batch, redraw, kind, ta
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_checkpointing_gives_the_same_gradients(tiny, batch, redraw, kind, targets, reentrant, order):
     model, inputs = tiny(kind, dtype=F64).train(), batch(kind, dtype=F64)
     method = LoRA(target_modules=targets)
     plain = redraw(method.attach(copy.deepcopy(model)))
     plain(**inputs).loss.backward()
     if order == "before":
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed(model, reentrant=reentrant)
     redraw(method.attach(model))
     if order == "after":
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed(model, reentrant=reentrant)
     twin = copy.deepcopy(model)  # its hook must look at the copy
     for one in (model, twin):
         one(**inputs).loss.backward()

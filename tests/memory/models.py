@@ -1,11 +1,14 @@
 """Tiny models of every architecture that the estimator knows, and an estimate of one beside its measurement."""
 
+from functools import partial
+
 import torch
 import transformers as hf
 
 import pefttutor
 from pefttutor import memory
 from pefttutor.memory.measured import watch_saved
+from tests.tiny import checkpointed, made, model_class, tiny_config
 
 SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
 TEXT = {"bos_token_id": 1, "eos_token_id": 2}
@@ -39,37 +42,26 @@ SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 TARGET_LENGTH = 7
 
 
+OWN = {
+    "llama": {"attention_bias": False},
+    "qwen3": {"head_dim": 16},
+    "gpt2": {"n_positions": 128},
+    "bert": {"max_position_embeddings": 512, "num_labels": 2},
+    "t5": {"d_kv": 10, "feed_forward_proj": "gated-gelu"},
+    "vit": {"image_size": 64, "num_labels": 5, "patch_size": 8},
+}  # what is larger than in tests.tiny, or differs from it
+
+
 def config_of(kind, attention="eager", dropout=0.0):
-    size = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 8}
-    text = {"vocab_size": 500, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    both = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    llama = {**size, **text, "num_key_value_heads": 4, "attention_dropout": dropout}
-    gpt2 = {"n_embd": 96, "n_layer": 3, "n_head": 8, "n_positions": 128, "attn_pdrop": dropout}
-    t5 = {"d_model": 96, "d_kv": 10, "d_ff": 160, "num_layers": 3, "num_heads": 8, "dropout_rate": dropout}
-    config = {
-        "llama": lambda: hf.LlamaConfig(**llama),
-        "qwen3": lambda: hf.Qwen3Config(**llama, head_dim=16),
-        "gpt2": lambda: hf.GPT2Config(**text, **gpt2, resid_pdrop=dropout, embd_pdrop=dropout),
-        "bloom": lambda: hf.BloomConfig(
-            **text, hidden_size=96, n_layer=3, n_head=8, hidden_dropout=dropout, attention_dropout=dropout
-        ),
-        "bert": lambda: hf.BertConfig(**size, **text, **both),
-        "t5": lambda: hf.T5Config(**text, **t5, feed_forward_proj="gated-gelu", decoder_start_token_id=0),
-        "vit": lambda: hf.ViTConfig(**size, **both, image_size=64, patch_size=8, num_labels=5),
-    }[kind]()
+    sizes = {"width": 96, "feed_forward": 160, "layers": 3, "heads": 8, "vocabulary": 500}
+    config = tiny_config(kind, dropout=dropout, **sizes, **OWN.get(kind, {}))
     config._attn_implementation = attention
     return config
 
 
 def model_of(kind, attention="eager", dropout=0.0, dtype=torch.float32):
-    classes = {
-        "llama": hf.LlamaForCausalLM, "qwen3": hf.Qwen3ForCausalLM, "gpt2": hf.GPT2LMHeadModel,
-        "bloom": hf.BloomForCausalLM, "bert": hf.BertForSequenceClassification,
-        "t5": hf.T5ForConditionalGeneration, "vit": hf.ViTForImageClassification,
-    }  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return classes[kind]._from_config(config_of(kind, attention, dropout), dtype=dtype).train()
+    config = config_of(kind, attention, dropout)
+    return made(partial(model_class(kind)._from_config, dtype=dtype), config).train()
 
 
 def batch_of(kind, batch_size, length, dtype=torch.float32):
@@ -111,7 +103,7 @@ def estimated_and_measured(
     if method:
         method.attach(model)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpointed(model, reentrant=True)
     with watch_saved(model.train()) as saved:
         model(**batch_of(kind, batch_size, length, dtype)).loss.backward()
     return estimated, saved, model

@@ -8,8 +8,8 @@ import transformers as hf
 
 import pefttutor
 from pefttutor.memory import Breakdown, compare, estimate, measure
-from tests.conftest import tiny_batch, tiny_model
 from tests.memory.models import ADAPTED, LORA, TEXT, N, llama
+from tests.tiny import tiny_batch, tiny_model
 
 
 def test_by_hand_for_full_fine_tuning_and_lora():

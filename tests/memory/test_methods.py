@@ -7,6 +7,7 @@ import pefttutor
 from pefttutor import memory
 from pefttutor.memory.measured import watch_saved
 from tests.memory.models import TARGET_LENGTH, batch_of, config_of, held, model_of
+from tests.tiny import checkpointed
 
 
 class Bottleneck(torch.nn.Module):
@@ -113,7 +114,7 @@ def test_pasta_trains_from_the_first_block_on(kind, saved, checkpointing):
     estimated = memory.estimate(model, method, **OPTIONS, gradient_checkpointing=checkpointing)
     method.attach(model)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpointed(model, reentrant=True)
     measured = held(model, batch_of(kind, 2, 24))
     assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
 

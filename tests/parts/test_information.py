@@ -1,4 +1,4 @@
-"""What `fisher_information` takes and refuses, what it leaves as it was, and what it holds in memory."""
+"""Fisher information: the formula, what is taken and refused, what is left as it was, and what it holds in memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,119 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor.bench.memory import transient_bytes
-from pefttutor.parts.information import fisher_information
-from tests.conftest import tiny_model
-from tests.tiny import class_examples, language_examples, llama_classifier
+from pefttutor.data.evaluation import evaluate
+from pefttutor.memory.allocator import transient_bytes
+from pefttutor.parts.information import example_losses as losses
+from pefttutor.parts.information import fisher_information, total_gradient
+from tests.tiny import (
+    class_examples,
+    language_examples,
+    llama,
+    llama_classifier,
+    tiny_model,
+)
+
+CLOSE = {"rtol": 2e-5, "atol": 1e-12}  # Llama's norms are computed in float32, whatever the model's dtype
+
+
+def by_loop(model, examples, shift):
+    """Batches of one, the mean over the examples, as eq. 4.9 says; the loss of transformers is a mean over tokens."""
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for example in examples:
+        model.zero_grad()
+        one = {key: value[None] for key, value in example.items()}
+        tokens = int((example["labels"][1:] != -100).sum()) if shift else 1
+        (-model(**one).loss * tokens).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] += p.grad.square() / len(examples)
+    model.zero_grad()
+    return total
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_information_is_that_of_batches_of_one(classes):
+    model = (llama_classifier if classes else llama)().double()
+    examples = class_examples(7) if classes else language_examples(7)
+    ours = fisher_information(model, examples, batch_size=3)
+    for name, expected in by_loop(model, examples, not classes).items():
+        torch.testing.assert_close(ours[name], expected, **CLOSE)
+
+
+def test_the_model_is_left_as_it_was():
+    model = llama_classifier(attention_dropout=0.5).train()
+    model.model.embed_tokens.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    first = fisher_information(model, class_examples(5))
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(
+        first.values(), fisher_information(model, class_examples(5)).values(), strict=True))  # fmt: skip
+
+
+def test_where_the_model_is_right_about_its_labels_empirical_and_true_agree():
+    """E over y ~ p(y|x) of the empirical information is the true one."""
+    model = llama_classifier().double()
+    examples = class_examples(3)
+    true = fisher_information(
+        model, [{k: v for k, v in e.items() if k != "labels"} for e in examples], expected=True
+    )
+    weighted = {name: torch.zeros_like(v) for name, v in true.items()}
+    for example in examples:
+        rest = {k: v[None] for k, v in example.items() if k != "labels"}
+        p = model(**rest).logits.softmax(-1)[0].detach()
+        for y in range(3):
+            one = fisher_information(model, [{**example, "labels": torch.tensor(y)}])
+            for name, value in one.items():
+                weighted[name] += p[y] * value / 3
+    for name, value in true.items():
+        torch.testing.assert_close(value, weighted[name], **CLOSE)
+
+
+def test_bare_modules_bring_their_own_likelihood():
+    model = nn.Linear(3, 2).double()
+    generator = torch.Generator().manual_seed(0)
+    examples = [{"x": torch.randn(3, generator=generator, dtype=torch.float64)} for _ in range(4)]
+
+    def likelihood(model, batch):
+        return model(batch["x"]).log_softmax(-1)[:, 0]
+
+    def stack(rows):
+        return {"x": torch.stack([row["x"] for row in rows])}
+
+    ours = fisher_information(model, examples, log_likelihood=likelihood, collate=stack)
+    p = model(stack(examples)["x"]).softmax(-1)
+    delta = torch.tensor([1.0, 0.0]).double() - p  # ∂ log p(0|x) / ∂ logits
+    expected = (delta.square().t() @ stack(examples)["x"].square()) / 4
+    torch.testing.assert_close(ours["weight"], expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("examples", "settings", "says"),
+    [
+        ([], {}, "at least one example"),
+        ([{"input_ids": torch.tensor([1, 7])}], {}, "needs labels, and an example has only input_ids"),
+        (language_examples(2), {"expected": True}, r"logits are \(2, 9, 320\)"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(examples, settings, says):
+    model = llama()
+    with pytest.raises(ValueError, match=says):
+        fisher_information(model, examples, **settings)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("measure", [losses, total_gradient, evaluate])
+def test_each_module_keeps_its_own_mode(measure):
+    model = llama_classifier().train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    measure(model, class_examples(4))
+    assert [m.training for m in model.modules()] == before
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        measure(model, [{"input_ids": torch.tensor([5000]), "labels": torch.tensor(0)}])
+    assert [m.training for m in model.modules()] == before
 
 
 def stack(rows):

@@ -1,90 +1,79 @@
-"""Choosing by data leaves the model as it was, and a choice that fails leaves the old one."""
+"""Choosing the largest: how many exactly, ties, and how many on a model without values."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from pefttutor import DiffPruning, FishDip, SecondOrderMask, adapted, fit, trainable
-from pefttutor.data.evaluation import evaluate
-from pefttutor.parts.attachment import base_of
-from pefttutor.parts.entries import entries, masks
-from pefttutor.parts.information import example_losses as losses
-from pefttutor.parts.information import total_gradient
-from tests.tiny import class_examples, llama_classifier
-
-
-@pytest.mark.parametrize("measure", [losses, total_gradient, evaluate])
-def test_each_module_keeps_its_own_mode(measure):
-    model = llama_classifier().train()
-    model.model.layers[0].eval()
-    before = [m.training for m in model.modules()]
-    measure(model, class_examples(4))
-    assert [m.training for m in model.modules()] == before
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        measure(model, [{"input_ids": torch.tensor([5000]), "labels": torch.tensor(0)}])
-    assert [m.training for m in model.modules()] == before
+from pefttutor import (
+    ChildTuningD,
+    FishDip,
+    FishMask,
+    PaFi,
+    SecondOrderMask,
+)
+from pefttutor.memory import estimate
+from pefttutor.parts.entries import entries
+from pefttutor.parts.ranking import exact_share, largest, largest_share
+from tests.tiny import (
+    class_examples,
+    llama,
+    llama_classifier,
+)
 
 
-def without_labels():
-    return [{k: v for k, v in e.items() if k != "labels"} for e in class_examples(4)]
+def test_ties_do_not_change_how_many_are_chosen():
+    chosen = largest({"a": torch.zeros(3, 4), "b": torch.ones(2)}, 5)
+    assert [int(m.sum()) for m in chosen.values()] == [3, 2]
+    with pytest.raises(FloatingPointError, match="'b'"):
+        largest({"a": torch.zeros(3), "b": torch.tensor([float("nan")])}, 1)
 
 
-@pytest.mark.parametrize("method", [FishDip(), SecondOrderMask(), SecondOrderMask(damping=0.1)])
-def test_without_labels_it_says_so(method):
-    model = llama_classifier()
-    with pytest.raises(ValueError, match="needs labels, and an example has only input_ids"):
-        method.attach(model, without_labels())
-    assert adapted(model) is None
+def test_a_fraction_is_the_decimal_that_was_written():
+    assert int(exact_share(0.29, 100)) == 29  # 0.29 · 100 is 28.999… in floating point
+    assert exact_share(1e-05, 100_000) == 1
+    chosen = largest_share({"a": torch.arange(100.0)}, 0.29)["a"]
+    assert int(chosen.sum()) == 29
+    assert int(largest_share({"a": torch.arange(5.0)}, 0.01)["a"].sum()) == 1
 
 
-def overflowing(model):
-    """Something that makes the Fisher information of the model NaN."""
-    model.score.weight.data[0, 0] = float("nan")
-    return class_examples(12)
+CONFIG = LlamaConfig(
+    vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
 
 
-@pytest.mark.parametrize("bad", [lambda model: [], lambda model: without_labels(), overflowing])
-def test_a_refresh_that_fails_leaves_the_choice_as_it_was(bad):
-    model, examples = llama_classifier(), class_examples(12)
-    method = FishDip(fraction=0.02, modules_to_save=("score",))
-    method.attach(model, examples)
-    fit(model, examples, steps=2, lr=0.02)
-    before, trains, described = masks(model), trainable(model), base_of(model, without=())
-    with pytest.raises((ValueError, FloatingPointError)):
-        method.refresh(model, bad(model))
-    assert adapted(model) is method
-    assert trainable(model) == trains
-    assert base_of(model, without=()) == described
-    assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
+METHODS = [
+    PaFi(fraction=0.1),
+    FishMask(fraction=0.1),
+    ChildTuningD(p_D=0.1),
+    SecondOrderMask(fraction=0.1, per_tensor=False),
+    SecondOrderMask(fraction=0.1),
+    FishDip(fraction=0.1),
+]
 
 
-def test_refreshing_leaves_no_hooks_behind():
-    model, examples = llama_classifier(), class_examples(12)
-    method = FishDip(fraction=0.02)
-    method.attach(model, examples)
-
-    def hooks():
-        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-
-    embedding = model.model.embed_tokens
-    count = len(embedding._forward_hooks)
-    for _ in range(3):
-        method.refresh(model, examples)
-    assert len(embedding._forward_hooks) == count
-    assert len(copy.deepcopy(model).model.embed_tokens._forward_hooks) == count
-    assert max(max(pair) for pair in hooks()) <= 2
+def empty(make, **settings):
+    with torch.device("meta"):
+        return make(**settings)
 
 
-def test_projecting_takes_the_usual_gates_whatever_the_mode():
-    model = llama_classifier()
-    method = DiffPruning(alpha_init=0.0)
-    method.attach(model)
-    fit(model, class_examples(), steps=3, lr=0.02)
-    one, two = copy.deepcopy(model).eval(), copy.deepcopy(model).train()
-    for each in (one, two):
-        method.project(each, fraction=0.05)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert all(torch.equal(i, entries(two)[name]) for name, i in entries(one).items())
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_gradients_are_those_of_the_fraction(method):
+    model = empty(llama, tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
+    tables = {model.model.embed_tokens.weight} if isinstance(method, PaFi) else set()
+    n = sum(p.numel() for p in model.parameters() if p not in tables)
+    found = estimate(CONFIG, method, batch_size=2, sequence_length=16)
+    assert abs(found.gradients / (4 * int(0.1 * n)) - 1) < 0.01
+    assert found.optimizer == 2 * found.gradients
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_as_many_train_as_on_the_real_model(method):
+    real, without = llama_classifier(), empty(llama_classifier)
+    if isinstance(method, PaFi):
+        method.attach(real)
+    else:
+        method.attach(real, class_examples(8))
+    method.attach(without)
+    assert sum(map(len, entries(real).values())) == sum(map(len, entries(without).values()))

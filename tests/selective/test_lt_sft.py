@@ -1,4 +1,4 @@
-"""LT-SFT's θ₀: where it is kept, the pull towards it, and the difference to it."""
+"""LT-SFT: where θ₀ is kept, the pull towards it, the way back to it, and the difference to it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ import copy
 import pytest
 import torch
 
-from pefttutor import LTSFT, fit
-from pefttutor.parts.entries import entries
-from pefttutor.selective.lt_sft import difference
-from tests.tiny import class_examples, language_examples, llama, llama_classifier, weights
+from pefttutor import (
+    LTSFT,
+    fit,
+    load,
+    save,
+)
+from pefttutor.parts.entries import entries, masks
+from pefttutor.parts.ranking import largest
+from pefttutor.selective.lt_sft import add_differences, difference
+from tests.tiny import (
+    base_weights,
+    class_examples,
+    language_examples,
+    llama,
+    llama_classifier,
+    weights,
+)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_start_follows_the_model_and_is_not_saved():
@@ -75,3 +92,54 @@ def test_the_difference_is_that_of_the_values_even_before_they_are_written():
     assert found.keys() == entries(model).keys()
     for name, (_, change) in found.items():
         torch.testing.assert_close(change, torch.full_like(change, 0.5), msg=name)
+
+
+def test_rewinding_is_bit_exact_and_only_what_moved_most_trains():
+    model, before = llama_classifier(), weights(llama_classifier())
+    method = LTSFT(fraction=0.1)
+    method.attach(model)
+    fit(model, class_examples(), steps=3, lr=0.02, weight_decay=0.3)
+    moved = {n: (v - before[n]).abs() for n, v in weights(model).items()}
+    method.rewind(model)
+    assert same(base_weights(model), before)
+    expected = largest(moved, int(0.1 * sum(v.numel() for v in before.values())))
+    chosen = masks(model)
+    assert all(torch.equal(chosen[name], mask) for name, mask in expected.items())
+    fit(model, class_examples(), steps=3, lr=0.02, weight_decay=0.3)
+    for name, new in base_weights(model).items():
+        assert torch.equal(new[~chosen[name]], before[name][~chosen[name]])
+
+
+def test_differences_add_up_in_any_order():
+    def trained(seed):
+        model = llama_classifier()
+        method = LTSFT(fraction=0.05)
+        method.attach(model)
+        fit(model, class_examples(seed=seed), steps=3, lr=0.02)
+        method.rewind(model)
+        fit(model, class_examples(seed=seed), steps=3, lr=0.02)
+        return model, difference(model, llama_classifier())
+
+    (one, task), (_, language) = trained(2), trained(9)
+    back = add_differences(llama_classifier(), task)
+    torch.testing.assert_close(base_weights(back), base_weights(one), rtol=1e-6, atol=1e-7)
+    both = weights(add_differences(llama_classifier(), task, language))
+    swapped = weights(add_differences(llama_classifier(), language, task))
+    torch.testing.assert_close(both, swapped, rtol=1e-6, atol=1e-7)
+    for name in task:
+        free = ~torch.isin(task[name][0], language[name][0]) if name in language else slice(None)
+        where = task[name][0][free]  # chosen by one alone: exactly that one's values
+        assert torch.equal(both[name].flatten()[where], base_weights(back)[name].flatten()[where])
+
+
+def test_lt_sft_in_its_first_phase_is_full_fine_tuning_and_can_be_saved(tmp_path):
+    full, model = llama_classifier().requires_grad_(True), LTSFT().attach(llama_classifier())
+    for one in (full, model):
+        fit(one, class_examples(), steps=3, lr=0.02)
+    assert same(weights(full), weights(model))
+    save(model, tmp_path)
+    assert same(weights(load(llama_classifier(), tmp_path)), weights(model))
+    with pytest.raises(RuntimeError, match="phase 1"):
+        LTSFT().rewind(llama_classifier())
+    with pytest.raises(ValueError, match="doesn't fit this model"):
+        add_differences(llama_classifier(), {"nowhere": (torch.tensor([0]), torch.ones(1))})

@@ -91,7 +91,7 @@ class Scaled(LayerChange):
 
     def __init__(self, path: str, layer: nn.Module, name: str, *, on_input: bool) -> None:
         self.on_input, self.key = on_input, added_key("ia3_l", name)
-        weight = next(layer.parameters())
+        weight = next(iter(layer.parameters()), next(iter(layer.buffers()), torch.zeros(())))
         # At least float32, also next to a half-precision weight: small steps from 1 would be rounded away otherwise.
         dtype = (
             torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32

@@ -1,0 +1,323 @@
+"""How each method is made and attached on each architecture, what then trains, and what it can't do.
+
+CASES has one line a method and CANNOT one line for each thing that a method refuses: the only places that
+tests/test_every_method.py looks at. A new method needs its line in CASES, and none elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pefttutor as pt
+from tests.pictures import picture
+from tests.tiny import KINDS, TARGETS, rows_of, tiny_batch, tiny_model
+
+ARCHITECTURES = (*KINDS, "net")  # "net" is a bare nn.Module
+TEXTS = ("llama", "gpt2", "bert", "t5")
+DECODERS = ("llama", "gpt2")
+WRITERS = ("llama", "gpt2", "t5")
+
+BLOCKS = {
+    "llama": "model.layers",
+    "gpt2": "transformer.h",
+    "bert": "bert.encoder.layer",
+    "t5": "decoder.block",
+    "vit": "vit.layers",
+    "net": "blocks",
+}
+HEADS = (
+    dict.fromkeys(DECODERS, "lm_head")
+    | {"t5": "lm_head"}
+    | dict.fromkeys(("bert", "vit", "net"), "classifier")
+)
+HEAD_WEIGHTS = {  # a head tied to the embeddings is known by their name
+    "llama": ("lm_head.weight",),
+    "gpt2": ("transformer.wte.weight",),
+    "t5": ("shared.weight",),
+} | dict.fromkeys(("bert", "vit", "net"), ("classifier.weight", "classifier.bias"))
+TABLES = {
+    "llama": ("model.embed_tokens.weight",),
+    "gpt2": ("transformer.wte.weight", "transformer.wpe.weight"),
+    "bert": tuple(f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")),
+    "t5": (
+        "shared.weight",
+        *(f"{x}coder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for x in ("en", "de")),
+    ),
+    "vit": (),
+    "net": (),
+}  # fmt: skip
+NORMS = {
+    "llama": r"norm\.", "gpt2": r"\.ln_.\.", "bert": r"LayerNorm\.", "t5": r"layer_norm\.", "vit": r"layernorm",
+    "net": r"\.norm\.",
+}  # fmt: skip
+KEYS_AND_FED = {  # IA3's targets, and those whose input is scaled
+    "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "bert": (("key", "value", "output.dense"), ("output.dense",)),
+    "t5": (("k", "v", "wo"), ("wo",)),
+    "vit": (("k_proj", "v_proj", "fc2"), ("fc2",)),
+    "net": (("up", "down"), ("down",)),
+}
+MASKED = TARGETS | {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_fc"), "bert": ("query", "dense")}
+SPECIAL = (
+    1,
+    2,
+)  # the ids of special tokens, and where the batches have them: at the start, and within one text
+
+# ---- what trains, by the closed formulas
+
+
+def sizes(model: nn.Module, chosen: Callable[[str], bool] = lambda name: True) -> dict[str, int]:
+    """How many values each of the model's parameters has whose name is chosen."""
+    return {name: p.numel() for name, p in model.named_parameters() if chosen(name)}
+
+
+def layers(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """In and out of every layer whose name is, or ends in, one of `names`."""
+    ends = tuple(f".{name}" for name in names)
+    shapes = {n: (m, tuple(m.weight.shape)) for n, m in model.named_modules() if f".{n}".endswith(ends)}
+    return {n: shape if type(m).__name__ == "Conv1D" else shape[::-1] for n, (m, shape) in shapes.items()}
+
+
+def of_lora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind]).items()
+    return {f"{n}.lora_{x}": method.r * size for n, (i, o) in found for x, size in (("A", i), ("B", o))}
+
+
+def of_ia3(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    targets, fed = KEYS_AND_FED[kind]
+    on_input = layers(base, fed)
+    return {f"{n}.ia3_l": i if n in on_input else o for n, (i, o) in layers(base, targets).items()}
+
+
+def of_diff_pruning(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    every = sizes(base)
+    added = {f"{n}_{x}": size for n, size in every.items() for x in ("delta", "alpha")}
+    return added | {f"{n}_group": 1 for n in every}
+
+
+def of_masking(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return {f"{n}.weight_scores": i * o for n, (i, o) in layers(base, MASKED[kind]).items()}
+
+
+def of_pasta(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return {f"{BLOCKS[kind]}.{i}.special": method.num_special * 24 for i in (0, 1)}
+
+
+def everything(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return sizes(base)
+
+
+def share(of: str) -> Callable[[str, nn.Module, Any], int]:
+    """How many entries train that are chosen: the rounded-down share `of` (a field) of all."""
+    return lambda kind, base, method: int(getattr(method, of) * sum(sizes(base).values()))
+
+
+# ---- what a method has to look at
+
+
+def nothing(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), {}
+
+
+def examples(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    how = {"collate": stacked, "log_likelihood": log_likelihood} if kind == "net" else {}
+    return (rows_of(batch_of(kind, dtype=next(base.parameters()).dtype))[:2],), how
+
+
+def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def log_likelihood(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["x"]).log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
+
+
+def every_third(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Masks of the first, fourth, seventh … entry of every parameter."""
+    masks = {n: torch.arange(p.numel()).remainder(3).eq(0).view(p.shape) for n, p in base.named_parameters()}
+    return (masks,), {}
+
+
+# ---- one line a method
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a method is made for an architecture; the sizes of what then trains, by name, or how many entries it
+    chooses; and what `attach` gets beside the model."""
+
+    make: Callable[[str], Any]
+    trains: Callable[[str, nn.Module, Any], dict[str, int] | int]
+    sources: Callable[[str, nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] = nothing
+
+
+def ia3(kind: str) -> Any:
+    targets, fed = KEYS_AND_FED[kind]
+    return pt.IA3(target_modules=targets, feedforward_modules=fed)
+
+
+CASES = {
+    "AutoFreeze": Case(lambda kind: pt.AutoFreeze(), everything),
+    "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
+    "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
+    "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
+    "DiffPruning": Case(lambda kind: pt.DiffPruning(), of_diff_pruning),
+    "FishDip": Case(lambda kind: pt.FishDip(fraction=0.1), share("fraction"), examples),
+    "FishMask": Case(lambda kind: pt.FishMask(fraction=0.1), share("fraction"), examples),
+    "IA3": Case(ia3, of_ia3),
+    "LTSFT": Case(lambda kind: pt.LTSFT(l1_weight=0.1), everything),
+    "LastLayers": Case(
+        lambda kind: pt.LastLayers(fraction=0.5),
+        lambda kind, base, _: sizes(base, lambda n: n.startswith(f"{BLOCKS[kind]}.1.")),
+    ),
+    "LayerNormTuning": Case(
+        lambda kind: pt.LayerNormTuning(), lambda kind, base, _: sizes(base, lambda n: bool(re.search(NORMS[kind], n)))
+    ),
+    "LinearProbe": Case(
+        lambda kind: pt.LinearProbe(modules_to_save=(HEADS[kind],)),
+        lambda kind, base, _: sizes(base, lambda n: n in HEAD_WEIGHTS[kind]),
+    ),
+    "LoRA": Case(lambda kind: pt.LoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
+    "PASTA": Case(lambda kind: pt.PASTA(special_token_ids=SPECIAL), of_pasta),
+    "PaFi": Case(
+        lambda kind: pt.PaFi(fraction=0.1),
+        lambda kind, base, m: int(m.fraction * sum(sizes(base, lambda n: n not in TABLES[kind]).values())),
+    ),
+    "SecondOrderMask": Case(
+        lambda kind: pt.SecondOrderMask(fraction=0.1),
+        lambda kind, base, m: sum(max(1, int(m.fraction * size)) for size in sizes(base).values()),
+        examples,
+    ),
+    "SparseFineTuning": Case(
+        lambda kind: pt.SparseFineTuning(),
+        lambda kind, base, _: sum(-(-size // 3) for size in sizes(base).values()),
+        every_third,
+    ),
+}  # fmt: skip
+
+# ---- what a method can't do, and with which error it says so: by architecture, or by what is asked of it
+
+CANNOT = {
+    ("BitFit", "t5"): r"BitFit: this model has no bias .*LayerNormTuning",
+    ("PASTA", "t5"): r"PASTA reads one text, and a T5ForConditionalGeneration has two",
+    ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
+    ("PASTA", "net"): r"PASTA adds to special tokens, and a Net has none",
+    ("PASTA", "merge"): r"can't be merged",
+}
+STARTS_OTHERWISE = {"Masking": "it prunes init_sparsity of the weights at once"}
+LEARNS_STATISTICS = (
+    "AutoFreeze",
+    "ChildTuningF",
+    "LTSFT",
+)  # full fine-tuning, with the buffers, which are saved
+
+# ---- models and batches
+
+
+def batch_of(kind: str, side: str = "right", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """`tiny_batch`, with special tokens: one at the start of each text, and one more within the first."""
+    batch = tiny_batch(kind, side=side, dtype=dtype)
+    if kind in TEXTS:
+        first = batch["attention_mask"].argmax(1)
+        batch["input_ids"][torch.arange(3), first] = SPECIAL[0]
+        batch["input_ids"][0, 5] = SPECIAL[1]
+        if kind != "bert":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch
+
+
+@cache
+def base_of(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base, for looking at only: see `fresh`."""
+    return tiny_model(kind, dtype=dtype)
+
+
+def fresh(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base, to work with."""
+    return copy.deepcopy(base_of(kind, dtype))
+
+
+@cache
+def base_answer(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the base says to `batch_of(kind)`."""
+    return answer(base_of(kind, dtype), batch_of(kind, dtype=dtype))
+
+
+def attach(name: str, kind: str, model: nn.Module) -> nn.Module:
+    """Attach the method to a model as CASES says."""
+    arguments, how = CASES[name].sources(kind, model)
+    return CASES[name].make(kind).attach(model, *arguments, **how)
+
+
+@cache
+def _attached(name: str, kind: str, dtype: torch.dtype) -> nn.Module:
+    return attach(name, kind, fresh(kind, dtype))
+
+
+def attached_to(name: str, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with the method freshly attached. Choosing by data takes long, so it is done once, and copied."""
+    return copy.deepcopy(_attached(name, kind, dtype))
+
+
+def learned_on(name: str, kind: str) -> nn.Module:
+    """The same, moved from the start in all that trains, as after some training."""
+    return moved(attached_to(name, kind))
+
+
+@cache
+def looked_at(name: str, kind: str) -> nn.Module:
+    """The same for looking at only, in tests that change nothing: `test_looking_has_changed_nothing` sees to it."""
+    LOOKED_AT[name, kind] = model = learned_on(name, kind)
+    loss_of(
+        model, batch_of(kind)
+    )  # it writes chosen entries into their weights, and notes what labels are in the config
+    BEFORE[name, kind] = picture(model)
+    return model
+
+
+LOOKED_AT: dict[tuple[str, str], nn.Module] = {}
+BEFORE: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def moved(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
+
+
+def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["x"]) if "x" in batch else model(**batch).logits
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    if "x" in batch:
+        return F.cross_entropy(model(batch["x"]), batch["labels"])
+    return model(**batch).loss
+
+
+def answer(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits, without a graph."""
+    with torch.no_grad():
+        return logits_of(model, batch)
+
+
+def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    """The gradient of a value with respect to all that trains and gets one."""
+    model.zero_grad()
+    value.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad()
+    return found

@@ -1,0 +1,407 @@
+"""What every method must hold, on every architecture: its life from attaching to being taken out again.
+
+A cell is a method on an architecture. How the method is made there, what then trains, and what it can't do, stands in
+tests/cases.py and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pefttutor as pt
+from pefttutor.method import Counts, Method
+from pefttutor.parts.entries import entries
+from pefttutor.train.hooks import Hooks
+from pefttutor.train.losses import causal_lm_loss
+from tests.cases import (
+    ARCHITECTURES,
+    BEFORE,
+    CANNOT,
+    CASES,
+    DECODERS,
+    HEAD_WEIGHTS,
+    HEADS,
+    LEARNS_STATISTICS,
+    LOOKED_AT,
+    SPECIAL,
+    STARTS_OTHERWISE,
+    TEXTS,
+    WRITERS,
+    answer,
+    attach,
+    attached_to,
+    base_answer,
+    base_of,
+    batch_of,
+    fresh,
+    gradients,
+    learned_on,
+    logits_of,
+    looked_at,
+    loss_of,
+    moved,
+)
+from tests.pictures import differences, ours, picture, tensors
+from tests.tiny import KINDS, checkpointed
+
+BF16 = torch.bfloat16
+CELLS = [(name, kind) for name in CASES for kind in ARCHITECTURES if (name, kind) not in CANNOT]
+REFUSED = [cell for cell in CANNOT if cell[1] in ARCHITECTURES]
+
+
+def cells(*kinds: str) -> pytest.MarkDecorator:
+    """Every method on these architectures, or on all, without those that it refuses."""
+    chosen = [(name, kind) for name, kind in CELLS if not kinds or kind in kinds]
+    return pytest.mark.parametrize(("name", "kind"), chosen, ids=["-".join(cell) for cell in chosen])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Small models gain nothing from a second thread, and what is imported isn't worth collecting again and again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+# ---- the table
+
+
+def test_every_method_of_the_package_has_its_line():
+    there, listed = set(pt.methods()), set(CASES)
+    lines = [f'"{name}": Case(lambda kind: pt.{name}(…), what trains, sources),' for name in there - listed]
+    assert not lines, "add to CASES in tests/cases.py:\n" + "\n".join(sorted(lines))
+    assert listed <= there, f"CASES has lines for what isn't a method: {listed - there}"
+
+
+def test_nothing_is_declared_that_no_test_asks():
+    asked = {(name, where) for name in CASES for where in (*ARCHITECTURES, "merge")}
+    assert set(CANNOT) <= asked
+    assert set(STARTS_OTHERWISE) | set(LEARNS_STATISTICS) <= set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_is_frozen_settings_and_nothing_else(name):
+    method = CASES[name].make("bert")
+    assert isinstance(method, Method)
+    assert method == CASES[name].make("bert")
+    with pytest.raises(AttributeError):
+        method.anything = 1
+
+
+@pytest.mark.parametrize(("name", "kind"), REFUSED, ids=map("-".join, REFUSED))
+def test_what_a_method_refuses_it_says_and_the_model_is_unchanged(name, kind):
+    model = fresh(kind)
+    before = picture(model)
+    with pytest.raises(ValueError, match=CANNOT[name, kind]):
+        attach(name, kind, model)
+    assert differences(before, picture(model)) == []
+
+
+# ---- at the start
+
+
+@cells()
+def test_an_attached_method_starts_as_the_base_bit_for_bit(name, kind):
+    model, inputs, expected = attached_to(name, kind), batch_of(kind), base_answer(kind)
+    assert torch.equal(answer(model, inputs), expected) is (name not in STARTS_OTHERWISE)
+    assert not torch.equal(answer(moved(model), inputs), expected)
+
+
+@cells()
+def test_exactly_that_trains_which_the_closed_formula_says(name, kind):
+    model, method = attached_to(name, kind), CASES[name].make(kind)
+    expected = CASES[name].trains(kind, base_of(kind), method)
+    if isinstance(expected, int):  # so many entries, of those tensors in which some are chosen
+        chosen = {f"{weight}_values": len(index) for weight, index in entries(model).items()}
+        assert sum(chosen.values()) == expected
+        expected = chosen
+    assert pt.trainable(model) == expected
+    assert pt.adapted(model) == method
+    if isinstance(method, Counts):
+        assert method.count(base_of(kind)) == method.count(model) == sum(expected.values())
+
+
+# ---- training
+
+
+OPTIMIZERS = {
+    "sgd": lambda trained: torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda trained: torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1),
+}
+
+
+def train(model: nn.Module, inputs: dict[str, Tensor], optimizer: str, steps: int = 3) -> set[str]:
+    """A loop of one's own, which asks the hooks; returned is what got a gradient. All is given to the optimizer."""
+    hooks, step, learned = Hooks(model), OPTIMIZERS[optimizer](model.parameters()), set()
+    model.train()
+    for number in range(steps):
+        (loss_of(model, inputs) + hooks.penalty()).backward()
+        hooks.after_backward(number)
+        learned |= {n for n, p in model.named_parameters() if p.grad is not None}
+        step.step()
+        hooks.after_step(number)
+        step.zero_grad()
+    model.eval()
+    return learned
+
+
+@cells()
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_three_steps_leave_every_frozen_bit_alone(name, kind, optimizer):
+    model, base = attached_to(name, kind), tensors(base_of(kind))
+    before, trains = tensors(model), set(pt.trainable(model))
+    assert train(model, batch_of(kind), optimizer) == trains
+    after, chosen = tensors(model), entries(model)
+    changed = set(differences(before, after))
+    assert trains <= changed
+    tied = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    learned = {n for n, _ in model.named_buffers()} if name in LEARNS_STATISTICS else set()
+    for weight in changed & set(base) - tied - learned:
+        owner = next(n for n, p in model.named_parameters() if p is model.get_parameter(weight))
+        assert owner in chosen, f"{weight} is frozen and has changed"
+        outside = torch.ones(after[weight].numel()).index_fill_(0, chosen[owner].long(), 0).bool()
+        assert torch.equal(after[weight].flatten()[outside], before[weight].flatten()[outside])
+
+
+@cells(*KINDS)
+def test_checkpointing_gives_every_gradient_reentrant_or_not(name, kind):
+    model, inputs, found = learned_on(name, kind).train(), batch_of(kind), []
+    for reentrant in (None, True, False):
+        if reentrant is not None:
+            checkpointed(model, reentrant=reentrant)
+        torch.manual_seed(3)  # a gate may be drawn
+        found.append(gradients(model, loss_of(model, inputs)))
+    assert set(found[0]) == set(pt.trainable(model))
+    for one in found[1:]:
+        assert one.keys() == found[0].keys()
+        torch.testing.assert_close(one, found[0], rtol=1e-4, atol=1e-6)
+
+
+@cells()
+def test_next_to_bfloat16_it_starts_as_the_base_and_learns(name, kind):
+    model, base, inputs = attached_to(name, kind, BF16), base_of(kind, BF16), batch_of(kind, dtype=BF16)
+    assert torch.equal(answer(model, inputs), base_answer(kind, BF16)) is (name not in STARTS_OTHERWISE)
+    before = tensors(model)
+    learned = train(model, inputs, "adamw", steps=1)
+    assert learned == set(pt.trainable(model))
+    changed = differences(before, tensors(model))
+    moved_on = [n for n in changed if n in learned]
+    assert len(moved_on) > 0.9 * len(learned)
+    assert answer(model, inputs).isfinite().all()
+    assert {p.dtype for n, p in model.named_parameters() if n in tensors(base)} == {BF16}
+    pt.detach(model)
+    assert differences(tensors(base), tensors(model)) == []
+
+
+# ---- files and copies
+
+
+@cells()
+def test_saved_and_loaded_onto_a_fresh_base_it_gives_identical_outputs(name, kind, tmp_path):
+    model, inputs = looked_at(name, kind), batch_of(kind)
+    expected = answer(model, inputs)
+    pt.save(model, tmp_path)
+    again = pt.load(fresh(kind), tmp_path)
+    assert torch.equal(answer(again, inputs), expected)
+    assert pt.trainable(again) == pt.trainable(model)
+    assert differences(tensors(model), tensors(again)) == []
+
+
+@cells()
+def test_a_copy_shares_nothing_and_can_be_detached_alone(name, kind):
+    model, inputs = learned_on(name, kind), batch_of(kind)
+    twin = copy.deepcopy(model)
+    expected = answer(model, inputs)
+    assert torch.equal(answer(twin, inputs), expected)
+    moved(twin, seed=5)
+    changed = answer(twin, inputs)
+    assert not torch.equal(changed, expected)
+    assert torch.equal(answer(model, inputs), expected)
+    moved(model, seed=7)
+    assert torch.equal(answer(twin, inputs), changed)
+    moved(model, seed=7)
+    before = picture(model)
+    pt.detach(twin)
+    assert differences(tensors(base_of(kind)), tensors(twin)) == []
+    assert differences(before, picture(model)) == []
+
+
+@cells()
+def test_a_pickled_model_comes_back_whole(name, kind):
+    model, inputs = looked_at(name, kind), batch_of(kind)
+    again = pickle.loads(pickle.dumps(model))
+    assert differences(tensors(model), tensors(again)) == []
+    assert torch.equal(answer(again, inputs), answer(model, inputs))
+    assert pt.adapted(again) == pt.adapted(model)
+    pt.detach(again)
+    assert differences(tensors(base_of(kind)), tensors(again)) == []
+
+
+# ---- folding in, and taking out
+
+
+def folds(name: str, act, model: nn.Module) -> bool:
+    """Let `act` fold the method into the weights; False if it says that it can't, as declared, and changes nothing."""
+    if (name, "merge") not in CANNOT:
+        act(model)
+        return True
+    before = picture(model)
+    with pytest.raises(ValueError, match=CANNOT[name, "merge"]):
+        act(model)
+    assert differences(before, picture(model)) == []
+    return False
+
+
+@cells()
+def test_merged_it_computes_the_same_and_unmerged_every_bit_is_back(name, kind):
+    model = looked_at(name, kind)
+    inputs = [batch_of(kind, side) for side in (("right", "left") if kind in TEXTS else ("right",))]
+    expected, before = [answer(model, one) for one in inputs], picture(model)
+    if not folds(name, pt.merge, model):
+        return
+    torch.testing.assert_close([answer(model, one) for one in inputs], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="merged already"):
+        pt.merge(model)
+    pt.unmerge(model)
+    assert differences(before, picture(model)) == []
+    assert torch.equal(answer(model, inputs[0]), expected[0])
+
+
+@cells()
+def test_detaching_leaves_the_model_as_it_was_before(name, kind):
+    model, inputs = fresh(kind), batch_of(kind)
+    next(model.parameters()).requires_grad_(False)  # frozen by somebody before, and so it must stay
+    model.register_forward_hook(lambda module, args, output: None)
+    before = picture(model)
+    attach(name, kind, model)
+    train(moved(model), inputs, "sgd", steps=1)
+    assert not torch.equal(answer(model, inputs), base_answer(kind))
+    assert pt.detach(model) is model
+    assert differences(before, picture(model)) == []
+    assert torch.equal(answer(model, inputs), base_answer(kind))
+    assert pt.attached(model) == {}
+
+
+@cells()
+def test_detached_with_keep_it_is_a_plain_model_that_knows_what_was_learned(name, kind, tmp_path):
+    model, inputs = learned_on(name, kind), batch_of(kind)
+    expected = answer(model, inputs)
+    if not folds(name, lambda model: pt.detach(model, keep=True), model):
+        return
+    base = base_of(kind)
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        n for n, _ in base.named_parameters()
+    ]
+    assert not any("_pefttutor" in vars(m) or any(map(ours, hooks(m))) for m in model.modules())
+    torch.testing.assert_close(answer(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(answer(model, inputs), base_answer(kind))
+    if kind in KINDS:
+        model.save_pretrained(tmp_path)
+        assert torch.equal(answer(type(model).from_pretrained(tmp_path), inputs), answer(model, inputs))
+
+
+def hooks(module: nn.Module) -> list[object]:
+    tables = [table for name, table in vars(module).items() if "hooks" in name and table]
+    return [hook for table in tables for hook in table.values()]
+
+
+# ---- texts
+
+
+@cells(*TEXTS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_stands_in_the_padding_changes_nothing(name, kind, side):
+    """Not even special tokens there: outputs of the real tokens and every gradient, bit for bit and nearly so."""
+    model, inputs, found = looked_at(name, kind), batch_of(kind, side), []
+    padding = inputs["attention_mask"] == 0
+    for filling in (0, SPECIAL[0]):
+        filled = inputs | {"input_ids": inputs["input_ids"].masked_fill(padding, filling)}
+        read = real_states(model, kind, filled)
+        weights = torch.linspace(-1, 1, read.numel()).view(read.shape)
+        value = (read * weights).sum()  # a head that alone trains comes after the body
+        found.append((read.detach(), gradients(model, value) if value.requires_grad else {}))
+    (outputs, grads), (others, of_others) = found
+    assert torch.equal(outputs, others)
+    torch.testing.assert_close(grads, of_others, rtol=1e-4, atol=1e-6)
+
+
+def real_states(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tensor:
+    """What the body makes of the tokens that aren't padding; of T5, what its decoder says."""
+    if kind == "t5":
+        return logits_of(model, inputs)
+    hidden = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    return hidden[inputs["attention_mask"].bool()]
+
+
+@cells(*DECODERS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_loss_without_logits_is_the_models_own(name, kind, side):
+    model, inputs = looked_at(name, kind), batch_of(kind, side)
+    own, ours = loss_of(model, inputs), causal_lm_loss(model, inputs)
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+    expected = gradients(model, own)
+    assert set(expected) == set(pt.trainable(model))
+    torch.testing.assert_close(
+        gradients(model, causal_lm_loss(model, inputs)), expected, rtol=1e-3, atol=1e-5
+    )
+
+
+@cells(*WRITERS)
+def test_generating_with_a_cache_says_the_same_as_without(name, kind):
+    model, inputs, said = looked_at(name, kind), batch_of(kind, "left"), []
+    for use_cache in (True, False):
+        said.append(
+            model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=use_cache,
+                do_sample=False, min_new_tokens=4, max_new_tokens=4, output_logits=True,
+                return_dict_in_generate=True,
+            )
+        )  # fmt: skip
+    with_cache, without = said
+    assert torch.equal(with_cache.sequences, without.sequences)
+    torch.testing.assert_close(with_cache.logits, without.logits, rtol=1e-4, atol=1e-4)
+
+
+# ---- a head beside it
+
+WITH_HEADS = [
+    name for name in CASES if hasattr(CASES[name].make("bert"), "modules_to_save") and name != "LinearProbe"
+]
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_a_new_head_trains_fully_beside_it_and_is_saved(name, tmp_path):
+    from dataclasses import replace
+
+    case, inputs = CASES[name], batch_of("bert")
+    method, model = replace(case.make("bert"), modules_to_save=(HEADS["bert"],)), fresh("bert")
+    arguments, how = case.sources("bert", model)
+    method.attach(model, *arguments, **how)
+    trains = pt.trainable(model)
+    assert all(trains[n] == base_of("bert").get_parameter(n).numel() for n in HEAD_WEIGHTS["bert"])
+    assert not any(n.startswith(tuple(f"{weight}_" for weight in HEAD_WEIGHTS["bert"])) for n in trains)
+    train(moved(model), inputs, "adamw", steps=1)
+    pt.save(model, tmp_path)
+    other = fresh("bert")
+    other.classifier.weight.data.mul_(3)  # a new head starts at random: it is no part of the base
+    assert torch.equal(answer(pt.load(other, tmp_path), inputs), answer(model, inputs))
+
+
+@pytest.mark.parametrize(("name", "kind"), CELLS, ids=map("-".join, CELLS))
+def test_looking_has_changed_nothing(name, kind):
+    """Saving, pickling, merging for a while, losses, padding and generating above shared one model; it is as it was."""
+    if (name, kind) in BEFORE:
+        assert differences(BEFORE[name, kind], picture(LOOKED_AT[name, kind])) == []
