@@ -131,7 +131,7 @@ def nothing(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]
 
 def examples(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     how = {"collate": stacked, "log_likelihood": log_likelihood} if kind == "net" else {}
-    return (rows_of(batch_of(kind, dtype=next(base.parameters()).dtype))[:2],), how
+    return (rows_of(batch_of(kind, dtype=next(base.parameters()).dtype))[:1],), how
 
 
 def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -240,7 +240,8 @@ def batch_of(kind: str, side: str = "right", dtype: torch.dtype = torch.float32)
 @cache
 def base_of(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The base, for looking at only: see `fresh`."""
-    return tiny_model(kind, dtype=dtype)
+    shorter = {"num_layers": 1, "num_decoder_layers": 2} if kind == "t5" else {}  # its encoder has one block
+    return tiny_model(kind, dtype=dtype, **shorter)
 
 
 def fresh(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -270,20 +271,29 @@ def attached_to(name: str, kind: str, dtype: torch.dtype = torch.float32) -> nn.
     return copy.deepcopy(_attached(name, kind, dtype))
 
 
-def learned_on(name: str, kind: str) -> nn.Module:
-    """The same, moved from the start in all that trains, as after some training."""
-    return moved(attached_to(name, kind))
-
-
 @cache
 def looked_at(name: str, kind: str) -> nn.Module:
-    """The same for looking at only, in tests that change nothing: `test_looking_has_changed_nothing` sees to it."""
-    LOOKED_AT[name, kind] = model = learned_on(name, kind)
+    """The same, moved from the start in all that trains, as after some training; for looking at only.
+
+    `test_looking_has_changed_nothing` sees to it that nobody does more.
+    """
+    LOOKED_AT[name, kind] = model = moved(attached_to(name, kind))
     loss_of(
         model, batch_of(kind)
     )  # it writes chosen entries into their weights, and notes what labels are in the config
     BEFORE[name, kind] = picture(model)
     return model
+
+
+def learned_on(name: str, kind: str) -> nn.Module:
+    """The same, to work with."""
+    return copy.deepcopy(looked_at(name, kind))
+
+
+@cache
+def said(name: str, kind: str, side: str = "right") -> Tensor:
+    """What it says to `batch_of(kind, side)`."""
+    return answer(looked_at(name, kind), batch_of(kind, side))
 
 
 LOOKED_AT: dict[tuple[str, str], nn.Module] = {}

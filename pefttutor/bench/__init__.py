@@ -9,6 +9,8 @@ Every figure is a ratio measured in one run (ours / peer, smaller is better), ne
 - bytes: `transient` is the peak of the allocator's own events during a step, `kept` what autograd keeps for
   the backward pass, `state` what an optimizer keeps for its next step, `resident` the growth of resident
   memory in a process of its own;
+- on a GPU (`--device cuda`) the clock starts and stops when the device has done all of its orders, the bytes are those
+  of CUDA's allocator, and the goals are a GPU's;
 - outputs and gradients of the two sides are compared first: a row whose results differ is not a measurement.
 
 A new row is one new file in `pefttutor/bench/rows/` that defines `ROWS`, a list of `Row`.

@@ -70,9 +70,7 @@ def fisher_information(
     starts = [0, *range(first, len(chosen), batch_size)]
     trusted: set[nn.Module] = set()
     with evaluating(model), _all_trained(model):
-        with (
-            torch.no_grad()
-        ):  # some models change their own weights when they first run, as Switch's router does
+        with torch.no_grad():  # a first run changes the weights of some models: Switch's router casts its own
             value(model, {k: v.to(device) for k, v in stack(chosen[:first]).items()})
         total = no_squares(model)
         for start, end in pairwise([*starts, len(chosen)]):

@@ -24,6 +24,7 @@ from pefttutor.method import DEFAULT, Method, find
 from pefttutor.parts.attachment import base_of
 from pefttutor.parts.entries import saved_choice, train_entries
 from pefttutor.parts.fingerprint import check_base
+from pefttutor.parts.modules import find_modules
 from pefttutor.parts.restoring import restored_on_error
 from pefttutor.saving.files import write_atomically
 
@@ -81,9 +82,18 @@ def description(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "method": type(attachment.method).__name__,
-        "fields": dataclasses.asdict(attachment.method),
+        "fields": _fields(model, attachment.method),
         "base": base_of(model, without=attachment.tensors(model)),
     }
+
+
+def _fields(model: nn.Module, method: Any) -> dict[str, Any]:
+    """A method's fields, with names in the place of patterns that `load` couldn't find in the tensors' names."""
+    fields = dataclasses.asdict(method)
+    for name, value in fields.items():
+        if name.endswith("_modules") and name != "target_modules" and isinstance(value, str):
+            fields[name] = tuple(find_modules(model, value, field=name))
+    return fields
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT) -> nn.Module:
@@ -133,6 +143,10 @@ def _resolved(method: Any, tensors: dict[str, Tensor], base: dict[str, Any]) -> 
 
     A regular expression can be made to run for hours. Which layers it meant is known from the tensors.
     """
+    for field in dataclasses.fields(method):
+        pattern = getattr(method, field.name)
+        if field.name.endswith("_modules") and field.name != "target_modules" and isinstance(pattern, str):
+            raise ValueError(f"{field.name} is the pattern {pattern!r}; from a file only names are taken.")
     targets = getattr(method, "target_modules", None)
     if not isinstance(targets, str):
         return method

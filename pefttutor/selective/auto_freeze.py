@@ -81,9 +81,11 @@ class AutoFreeze:
             if attachment.method != self or not attachment.learns:
                 continue
             norms, frozen = (model.get_buffer(added_key(key, attachment.name)) for key in (NORMS, FROZEN))
-            self._decide(model, norms, frozen, step)
+            others = [a for a in attached(model).values() if a is not attachment and a.learns]
+            kept = {id(p) for other in others for p in other.trained()}
+            self._decide(model, norms, frozen, step, kept)
 
-    def _decide(self, model: nn.Module, norms: Tensor, frozen: Tensor, step: int) -> None:
+    def _decide(self, model: nn.Module, norms: Tensor, frozen: Tensor, step: int, kept: set[int]) -> None:
         path, layers = blocks(model)
         grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in layers]
         sums = [[g.abs().sum().to(norms) for g in of_block] for of_block in grads]
@@ -94,16 +96,19 @@ class AutoFreeze:
             if norms[0].any():
                 frozen.fill_(settled(norms[0], norms[1], int(frozen), self.percentile))
             norms[0], norms[1] = norms[1].clone(), 0
-        _freeze_first(model, path, int(frozen))
+        _freeze_first(model, path, int(frozen), kept)
 
 
-def _freeze_first(model: nn.Module, path: str, frozen: int) -> None:
-    """Freeze the first blocks, and what comes before them, if there are any such blocks."""
+def _freeze_first(model: nn.Module, path: str, frozen: int, kept: set[int]) -> None:
+    """Freeze the first blocks, and what comes before them, if there are any such blocks.
+
+    kept: the ids of what other methods train, which is theirs to freeze.
+    """
     if frozen == 0:
         return
     first = tuple(f"{path}.{i}." for i in range(frozen))
     before = below(model)
     for name, p in model.named_parameters():
-        if name.startswith(first) or p in before:
+        if id(p) not in kept and (name.startswith(first) or p in before):
             p.requires_grad_(False)
             p.grad = None

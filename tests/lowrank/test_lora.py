@@ -379,9 +379,8 @@ def test_hooks_and_their_handles_survive():
         layer.register_full_backward_hook(lambda *a: calls.append("backward")),
     ]
     model = LoRA(r=2, target_modules=("0",)).attach(nn.Sequential(layer, nn.Linear(4, 1)))
-    x = torch.randn(
-        3, 6, requires_grad=True
-    )  # else torch warns that the backward hook sees no gradient of it
+    # Without a gradient of its own torch warns that the backward hook sees none.
+    x = torch.randn(3, 6, requires_grad=True)
     model(x).sum().backward()
     assert calls == ["pre", "forward", "backward"]
     for handle in handles:

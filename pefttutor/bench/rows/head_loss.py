@@ -45,7 +45,7 @@ def build(side: Side, seed: int, device: str, *, ignored: float, chunk: int | No
 def _peer(chunk: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if chunk is None:
         return linear_cross_entropy_reference
-    if not hasattr(F, "linear_cross_entropy"):
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy, 2.13 has")
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
 

@@ -1,0 +1,105 @@
+"""The rows of the benchmark: every side does the same work, where it is told to."""
+
+import pytest
+import torch
+
+from pefttutor.bench import discover
+from pefttutor.bench.memory import state_bytes
+from pefttutor.bench.protocol import difference
+
+
+@pytest.mark.parametrize("p", [0.3, 0.1, 0.005])
+def test_all_sides_of_the_sparse_rows_do_the_same_work_and_ours_keeps_no_more_than_p(monkeypatch, p):
+    from pefttutor.bench.rows import sparse_adamw
+
+    monkeypatch.setattr(sparse_adamw, "SHAPE", (40, 50))
+    ours = sparse_adamw.build("ours", 0, "cpu", p=p, stock=False)
+    mask, stock = (sparse_adamw.build("peer", 0, "cpu", p=p, stock=stock) for stock in (False, True))
+    for _ in range(3):
+        after = ours()
+        assert difference(after, mask())[0] == 0
+        assert difference(after, stock())[0] == 0
+    assert discover()[f"sparse_adamw_{p:g}"].goals["state"] == p
+    assert 0 < state_bytes(ours) <= p * state_bytes(mask)
+
+
+def test_every_row_of_the_folder_is_found_and_two_of_one_name_are_refused(monkeypatch):
+    rows = discover()
+    assert {
+        "lora_linear_768x768_t2048_r8",
+        "lora_linear_2048x2048_t1024_r16",
+        "lora_step",
+        "head_loss",
+    } <= set(rows)
+    from pefttutor.bench.rows import head_loss, lora_step
+
+    monkeypatch.setattr(head_loss, "ROWS", lora_step.ROWS)
+    with pytest.raises(ValueError, match="two rows are called 'lora_step'"):
+        discover()
+
+
+@pytest.mark.parametrize("shape", [{"inputs": 12, "outputs": 20, "tokens": 32, "r": 4}])
+def test_both_sides_of_the_linear_row_do_the_same_work(shape):
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    from pefttutor.bench.rows.lora_linear import build
+
+    ours, peer = build("ours", 3, "cpu", **shape)(), build("peer", 3, "cpu", **shape)()
+    assert set(ours) == {"y", "x", "lora_A", "lora_B"}
+    assert difference(ours, peer)[0] < 1e-5
+    assert difference(ours, build("peer", 4, "cpu", **shape)())[0] > 0.1  # another seed, other weights
+
+
+def test_all_sides_of_the_step_row_do_the_same_work(monkeypatch):
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    import transformers
+
+    from pefttutor.bench.rows import lora_step
+
+    def tiny(seed):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, use_cache=False)
+        return transformers.LlamaForCausalLM(config).train()
+
+    monkeypatch.setattr(lora_step, "_model", tiny)
+    monkeypatch.setattr(lora_step, "SEQUENCE", 6)
+    ours, peer = lora_step.build("ours", 0, "cpu")(), lora_step.build("peer", 0, "cpu")()
+    assert len(ours) == 1 + 2 * 2 * 2  # the loss; two factors of two projections in two layers
+    assert difference(ours, peer)[0] < 1e-4
+    assert lora_step.build("bound", 0, "cpu")() == {}
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_both_sides_of_the_head_rows_do_the_same_work(monkeypatch, chunk, ignored):
+    from pefttutor.bench.rows import head_loss
+
+    monkeypatch.setattr(head_loss, "TOKENS", 12)
+    monkeypatch.setattr(head_loss, "VOCABULARY", 50)
+    if chunk and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        with pytest.raises(ImportError, match=r"has no F.linear_cross_entropy, 2.13 has"):
+            head_loss.build("peer", 0, "cpu", ignored=ignored, chunk=chunk)
+        return
+    ours, peer = (head_loss.build(side, 0, "cpu", ignored=ignored, chunk=chunk) for side in ("ours", "peer"))
+    assert difference(ours(), peer())[0] < 1e-5
+
+
+def test_all_sides_of_the_lessons_step_do_the_same_work():
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    from pefttutor.bench.rows import lesson_step
+
+    ours, peer = (lesson_step.build(side, 0, "cpu", model_name="campus-nano") for side in ("ours", "peer"))
+    found = ours()
+    assert len(found) == 2 + 4 * 2 * 2  # the loss, the head; two factors of two projections in four layers
+    assert difference(found, peer())[0] < 1e-4
+    before = found["loss"]
+    assert all(ours()["loss"] != before for _ in range(2))  # it is stepped
+    assert lesson_step.build("bound", 0, "cpu", model_name="campus-nano")() == {}
+
+
+@pytest.mark.parametrize("name", ["lora_linear_768x768_t2048_r8", "head_loss"])
+def test_a_row_is_on_its_device_alone(name):
+    """The meta device is one where nothing is computed, and nothing meets a tensor of the CPU."""
+    for side in ("ours", "bound"):
+        found = discover()[name].build(side, 0, "meta")()
+        assert all(tensor.is_meta for tensor in found.values())
