@@ -198,7 +198,7 @@ def _method(description: dict[str, Any], path: Path) -> Method:
 def _check_tensors(expected: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
     problems = [f"{name} is missing" for name in expected if name not in saved]
     problems += [f"{name} is too much" for name in saved if name not in expected]
-    for name in expected.keys() & saved.keys():
+    for name in [name for name in expected if name in saved]:
         needed, read = expected[name], saved[name]
         if needed.shape != read.shape:
             problems.append(f"{name} has the shape {tuple(read.shape)}, not {tuple(needed.shape)}")

@@ -83,6 +83,12 @@ class IA3:
                 f"feedforward_modules: {outside[0]!r} is none of target_modules {self.target_modules!r}: "
                 "name it in both."
             )
+        tables = [name for name in scaled_on_input if isinstance(targets[name], nn.Embedding)]
+        if tables:
+            raise ValueError(
+                f"feedforward_modules: {tables[0]!r} is an Embedding, whose input is words and can't be scaled; leave "
+                "it out, and its output is."
+            )
         return {name: (layer, name in scaled_on_input) for name, layer in targets.items()}
 
 
