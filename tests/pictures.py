@@ -17,13 +17,14 @@ def picture(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"{path}: object, class, mode"] = (id(module), type(module), module.training)
-        found[f"{path}: attributes"] = sorted(vars(module))
-        found[f"{path}: buffers that aren't saved"] = sorted(module._non_persistent_buffers_set)
-        for table in HOOKS:
-            hooks = list((vars(module)[table] or {}).values())  # or flags of hooks in another table
+        found[f"{path}: attributes"] = frozenset(vars(module))
+        found[f"{path}: buffers that aren't saved"] = frozenset(module._non_persistent_buffers_set)
+        for table in [table for table in HOOKS if vars(module)[table]]:
+            hooks = list(vars(module)[table].values())  # or flags of hooks in another table
             found[f"{path}: {table}"] = sorted(map(id, hooks))
             others = [id(hook) for hook in hooks if callable(hook) and not ours(hook)]
-            found[f"{path}: the order of others' {table}"] = others
+            if others:
+                found[f"{path}: the order of others' {table}"] = others
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found[f"{name}: object, flag, gradient"] = (
             id(parameter),

@@ -9,15 +9,13 @@ Why the fast version is fast, measured against the same formula left to autograd
   (`addmm`), forward and backward, so three passes over a (tokens, out) tensor and one over (tokens, in) disappear;
 - every product has one side of size r; B A, which is as large as W, is never formed;
 - on a CPU what has r columns is stored column by column: a matrix library computes a few long rows up to four times
-  as fast as many short ones; and each thread does all products for tokens of its own, if there are many;
+  as fast as many short ones;
+- it does little but products: where those are short, what a layer costs is the number of its operations;
 - it keeps x and x Aᵀ for the backward pass and nothing else.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -29,9 +27,6 @@ from pefttutor.kernels import threads
 from pefttutor.kernels.precision import shared_dtype
 
 __all__ = ["lora_linear", "lora_linear_reference"]
-
-FEW_TOKENS = 128  # with fewer each thread would read the weight for little work
-SMALL = 1 << 28  # multiplications: with fewer, handing tokens to threads takes longer than it saves
 
 
 def lora_linear_reference(
@@ -103,9 +98,12 @@ class _LoRALinear(torch.autograd.Function):
         x, W, shift, A, B = _converted(dtype, x, weight, bias, lora_A, lora_B)
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
         y = tokens.new_empty(tokens.shape[0], W.shape[0])  # (tokens, out)
-        x_A = _narrow(tokens, tokens.shape[0], A.shape[0])
-        work = partial(_forward, W=W.t(), shift=shift, A=A.t(), B=B.t(), scaling=scaling)
-        _in_parts(work, (tokens, y, x_A), weight)
+        if shift is None:
+            torch.mm(tokens, W.t(), out=y)
+        else:
+            torch.addmm(shift, tokens, W.t(), out=y)
+        x_A = torch.mm(tokens, A.t(), out=_narrow(tokens, tokens.shape[0], A.shape[0]))  # (tokens, r)
+        y.addmm_(x_A, B.t(), alpha=scaling)
         # The parameters exist anyway; x and x Aᵀ are all that this layer makes the step remember.
         ctx.save_for_backward(
             x if needs_A or needs_weight else None, x_A if needs_B else None, weight, lora_A, lora_B
@@ -119,66 +117,29 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
         W, A, B = _converted(grad.dtype, weight, lora_A, lora_B)
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        tokens: Any = None if x is None else x.reshape(-1, x.shape[-1])  # (tokens, in)
-        grad_x = grad.new_empty(grad.shape[0], W.shape[1]) if needs_x else None
-        work = partial(_backward, W=W, A=A, B=B, scaling=ctx.scaling)
-        found = _in_parts(work, (grad, tokens if needs_A else None, x_A, grad_x), weight)
-        of_A, of_B = zip(*found, strict=True)
+        grad_x = grad_W = grad_A = grad_B = None
+        if needs_A or needs_weight:
+            tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        if needs_B:  # (out, r)
+            grad_B = _narrow(grad, *B.shape).addmm_(grad.t(), x_A, beta=0, alpha=ctx.scaling)
+        if needs_x or needs_A:  # (tokens, r)
+            through_B = _narrow(grad, grad.shape[0], A.shape[0])
+            through_B.addmm_(grad, B, beta=0, alpha=ctx.scaling)
+        if needs_A:  # (r, in)
+            grad_A = torch.mm(tokens.t(), through_B, out=_narrow(grad, W.shape[1], A.shape[0])).t()
+        if needs_x:  # (tokens, in)
+            grad_x = torch.mm(grad, W, out=grad.new_empty(grad.shape[0], W.shape[1])).addmm_(through_B, A)
+        if needs_weight:  # (out, in)
+            grad_W = torch.mm(grad.t(), tokens, out=torch.empty_like(W))
         return (
             None if grad_x is None else grad_x.view(ctx.x_shape).to(ctx.x_dtype),
-            None
-            if not needs_weight
-            else torch.mm(grad.t(), tokens, out=torch.empty_like(W)).to(weight.dtype),
+            None if grad_W is None else grad_W.to(weight.dtype),
             grad.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-            reduce(Tensor.add_, of_A).t().to(lora_A.dtype) if needs_A else None,
-            reduce(Tensor.add_, of_B).to(lora_B.dtype) if needs_B else None,
+            None if grad_A is None else grad_A.to(lora_A.dtype),
+            None if grad_B is None else grad_B.to(lora_B.dtype),
             None,
             None,
         )
-
-
-def _forward(
-    tokens: Tensor,
-    y: Tensor,
-    x_A: Tensor,
-    *,
-    W: Tensor,
-    shift: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-) -> None:
-    """Fill y (tokens, out) and x Aᵀ (tokens, r); the factors come transposed, (in, out), (in, r), (r, out)."""
-    if shift is None:
-        torch.mm(tokens, W, out=y)
-    else:
-        torch.addmm(shift, tokens, W, out=y)
-    y.addmm_(torch.mm(tokens, A, out=x_A), B, alpha=scaling)
-
-
-def _backward(
-    grad: Tensor,
-    tokens: Tensor | None,
-    x_A: Tensor | None,
-    grad_x: Tensor | None,
-    *,
-    W: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fill the gradient of x (tokens, in); return those of Aᵀ (in, r) and B (out, r). None stands for: not wanted."""
-    of_A = of_B = None
-    if x_A is not None:
-        of_B = _narrow(grad, *B.shape).addmm_(grad.t(), x_A, beta=0, alpha=scaling)
-    if tokens is not None or grad_x is not None:
-        grad_B = _narrow(grad, grad.shape[0], A.shape[0])  # (tokens, r)
-        grad_B.addmm_(grad, B, beta=0, alpha=scaling)
-    if tokens is not None:
-        of_A = torch.mm(tokens.t(), grad_B, out=_narrow(grad, *A.t().shape))
-    if grad_x is not None:
-        torch.mm(grad, W, out=grad_x).addmm_(grad_B, A)
-    return of_A, of_B
 
 
 def _converted(dtype: torch.dtype, *tensors: Any) -> list[Any]:
@@ -188,24 +149,6 @@ def _converted(dtype: torch.dtype, *tensors: Any) -> list[Any]:
 def _narrow(like: Tensor, rows: int, r: int) -> Tensor:
     """Room for (rows, r). On a CPU each column is a row of memory: a matrix library likes few long rows."""
     return like.new_empty_strided((rows, r), (r, 1) if threads.short_way(like.device) else (1, rows))
-
-
-def _in_parts(work: Callable[..., Any], tensors: tuple[Any, ...], weight: Tensor) -> list[Any]:
-    """work(*tensors) and what it returns: of all tokens, or, if there are enough of them to fill the matrix units of
-    a processor several times, of a part for each thread. In the order of the parts: two runs give the same bits."""
-    tokens, count = tensors[0].shape[0], torch.get_num_threads()
-    size = math.ceil(tokens / count)
-    if size < FEW_TOKENS or count == 1 or tokens * weight.numel() < SMALL or threads.short_way(weight.device):
-        return [work(*tensors)]
-    split = [[None] * count if t is None else t.split(size) for t in tensors]
-    parts = list(zip(*split, strict=False))
-    found: list[Any] = [None] * len(parts)
-
-    def one(part: int) -> None:
-        found[part] = work(*parts[part])
-
-    threads.share(one, range(len(parts)), weight.device)
-    return found
 
 
 def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> str:

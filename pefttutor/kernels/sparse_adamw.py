@@ -11,27 +11,28 @@ vector of their own, and torch's optimizer sees only that vector. Why it is lean
 - `selected` lets autograd deliver the k gradients; a dense one exists for one tensor at a time, in its backward.
 
 Time falls less than p: a processor reads 64 bytes for an entry of 4, so that at p = .1 four of five lines of memory
-come along. Threads share the tensors: each gathers from its own, makes torch's step on them, and scatters. On a GPU
-one step of torch's fused optimizer does it for all tensors. `python -m pefttutor.bench sparse` measures it against
-torch's fused AdamW with a masked gradient, and against six lines of stock torch on the same k-vectors.
+come along. A tensor's entries are gathered again only if somebody else has changed the tensor since the last step.
+`python -m pefttutor.bench sparse` measures a step against torch's fused AdamW with a masked gradient, and against six
+lines of stock torch that train such vectors without any of the checks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pefttutor.kernels import threads
-from pefttutor.kernels.flat_entries import read, selected, write
-from pefttutor.kernels.sparse_parts import Part, lots_of, parts_of, usual_way
+from pefttutor.kernels.flat_entries import put, read, selected, sorted_places, write
 
 __all__ = ["SparseAdamW", "SparseSGD", "read", "selected", "sparse_adamw_reference", "write"]
 
 WAYS = {"fused", "foreach", "differentiable"}  # torch's settings for how it makes a step
+FUSED = ("cpu", "cuda")  # where torch (2.11) has a fused one
 
 
 def sparse_adamw_reference(
@@ -61,6 +62,62 @@ def sparse_adamw_reference(
     return torch.where(mask, moved, weight)
 
 
+@dataclass(eq=False)
+class _Part:
+    """A tensor's chosen entries, and the vector that an optimizer trains in their place."""
+
+    weight: Tensor
+    index: Tensor
+    values: nn.Parameter
+    written: tuple[int, int] | None = None  # see `_state`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: of the copy's tensor nobody knows what happens to it."""
+        return vars(self) | {"written": None}
+
+    def check(self) -> None:
+        now, then = self.weight, self.values
+        if now.dtype != then.dtype or now.device != then.device:
+            raise ValueError(
+                f"a tensor {tuple(now.shape)} is {now.dtype} on {now.device} and was {then.dtype} on {then.device} "
+                "when the optimizer was made; make the optimizer after converting the model"
+            )
+
+    def gather(self) -> None:
+        if self.written is None or self.written != self._state():
+            torch.index_select(self.weight.detach().view(-1), 0, self.index, out=self.values.data)
+        assert self.weight.grad is not None  # see _OnChosen.step
+        self.values.grad = read(self.weight.grad, self.index)
+
+    def scatter(self) -> None:
+        put(self.weight, self.index, self.values.data)
+        self.values.grad = None
+        self.written = self._state()
+
+    def _state(self) -> tuple[int, int] | None:
+        """Where the tensor is, and how often autograd has seen it changed (not by `write`, which goes past it)."""
+        return None if self.weight.is_inference() else (self.weight.data_ptr(), self.weight._version)
+
+
+def _checked(pair: Any) -> _Part:
+    """Raise unless this is a tensor and places of it, each once; they get sorted: that reads memory in order."""
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+        raise ValueError(
+            f"a {type(pair).__name__} is given, expected pairs (tensor, index of its chosen entries); all have the "
+            "same settings: for parameter groups make an optimizer for each"
+        )
+    weight, index = pair
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"an index is {tuple(index.shape)} of {index.dtype}, expected the flat places (k) as int32 or int64; "
+            "of a boolean mask that is mask.flatten().nonzero().squeeze(1)"
+        )
+    if not weight.is_contiguous():
+        raise ValueError(f"a tensor {tuple(weight.shape)} isn't contiguous; call contiguous() first")
+    index = sorted_places(index, weight)
+    return _Part(weight, index, nn.Parameter(read(weight, index)))
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a.to(b.device) == b).all())
 
@@ -69,9 +126,14 @@ class _OnChosen(torch.optim.Optimizer):
     """What makes an optimizer of torch, the next class in line, train the chosen entries alone."""
 
     def __init__(self, chosen: Iterable[tuple[Tensor, Tensor]], lr: float = 1e-3, **settings: Any) -> None:
-        self._parts = list(parts_of(chosen))
-        if not WAYS & settings.keys():
-            settings |= usual_way(self._parts)
+        self._parts = [_checked(pair) for pair in chosen]
+        if len({id(part.weight) for part in self._parts}) < len(self._parts):
+            raise ValueError("a tensor is given twice; give it once, with all of its chosen entries")
+        devices = {part.weight.device for part in self._parts}
+        if devices and not WAYS & settings.keys():
+            # On a GPU in one pass, where torch's usual choice makes a dozen.
+            fused = all(device.type in FUSED and threads.short_way(device) for device in devices)
+            settings |= {"fused": True} if fused else {}
         super().__init__([part.values for part in self._parts], lr=lr, **settings)  # type: ignore[call-arg]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +165,7 @@ class _OnChosen(torch.optim.Optimizer):
         if saved is None or len(saved) != len(own) or not all(map(_same, saved, own)):
             has = "none" if saved is None else [len(index) for index in saved]
             raise ValueError(
-                f"the state belongs to other entries: it has an index of {has} and the optimizer, part by part, "
+                f"the state belongs to other entries: it has an index of {has} and the optimizer, tensor by tensor, "
                 f"{[len(index) for index in own]}, expected the same places; make the optimizer with the index that "
                 "the state was saved with, or start without a state"
             )
@@ -117,26 +179,15 @@ class _OnChosen(torch.optim.Optimizer):
         for part in self._parts:
             part.check()
         moving = [part for part in self._parts if part.weight.grad is not None]
-        lots = lots_of(moving) if moving else []
-        if len(lots) > 1:
-            threads.share(self._step_of, lots, moving[0].weight.device)
-        elif lots:
-            self._step_of(*lots)
-        return loss
-
-    def _step_of(self, lot: list[Part]) -> None:
-        """Gather the lot's entries and gradients, make torch's step on them, scatter them."""
-        for part in lot:
+        for part in moving:
             part.gather()
-        settings = [{**self.param_groups[0], "params": [part.values for part in lot]}]
-        some: Any = object.__new__(type(self))  # the same optimizer, which knows of the lot alone
-        vars(some).update({**vars(self), "param_groups": settings})
-        inner: Any = super(_OnChosen, some).step  # type: ignore[misc]
+        inner: Any = super().step
         if getattr(inner, "hooked", False):  # it would run the step hooks once more
-            inner = partial(inner.__wrapped__, some)
+            inner = partial(inner.__wrapped__, self)
         inner()
-        for part in lot:
+        for part in moving:
             part.scatter()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the tensors whose entries are trained."""
@@ -151,11 +202,14 @@ class SparseAdamW(_OnChosen, torch.optim.AdamW):
 
     chosen: pairs of a tensor and the flat places of its chosen entries; the rest as in `torch.optim.AdamW`. With
     everything chosen the result is that of `torch.optim.AdamW`, bit for bit. A tensor without a gradient isn't moved.
+    What others change in a tensor is followed, if autograd sees it: not what is written past it, through `tensor.data`.
     To clip, give `clip_grad_norm_` the tensors themselves (their gradients are still dense: those of entries that
     aren't chosen count): in param_groups there are only vectors, without a gradient outside step. NaN in a gradient
-    becomes NaN in its entry, as in torch. All tensors share the settings.
+    becomes NaN in its entry, as in torch. All tensors share the settings. `GradScaler` finds no gradient to unscale and
+    says so; bfloat16 needs none.
 
-    Cost: state 8 bytes a chosen float32 entry (its two moments); dense AdamW has 8 an entry.
+    Cost: state 8 bytes a chosen float32 entry (its two moments); dense AdamW has 8 an entry. Beside it the entries
+        themselves, 4 bytes each, and during a step their gradients, 4 more.
     Raises: ValueError for an index that isn't one of its tensor, a tensor converted since (step), or a state saved
         for other entries (load_state_dict); NotImplementedError from add_param_group.
     Source: Loshchilov & Hutter 2019, algorithm 2; the subset is chapter eq. 4.6.

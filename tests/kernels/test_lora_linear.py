@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pefttutor.kernels import lora_linear as kernel
 from pefttutor.kernels.lora_linear import lora_linear, lora_linear_reference
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -51,18 +50,7 @@ def test_gradients_are_the_numerical_ones(trained):
     assert torch.autograd.gradcheck(lora_linear, (*tensors.values(), 0.5))
 
 
-@pytest.fixture(params=["whole", "three parts", "short way"])
-def parts(request, monkeypatch, set_threads):
-    """Who computes: torch's threads, three with tokens of their own, or a GPU."""
-    set_threads(3)
-    if request.param == "three parts":
-        monkeypatch.setattr(kernel, "SMALL", 0)
-        monkeypatch.setattr(kernel, "FEW_TOKENS", 1)
-    if request.param == "short way":
-        request.getfixturevalue("short_way")
-
-
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 4), (0,), (3, 0)])
 @pytest.mark.parametrize("trained", [("x", "lora_A", "lora_B"), NAMES, ("lora_A",), ("weight", "lora_A")])
 def test_equals_the_formula_for_any_leading_dimensions(lead, trained):
@@ -70,7 +58,7 @@ def test_equals_the_formula_for_any_leading_dimensions(lead, trained):
     assert_same(run(lora_linear, tensors), run(lora_linear_reference, tensors))
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_whatever_lies_in_fresh_memory(dtype):
     """Products go into memory that isn't cleared: here it is full of NaN."""
@@ -206,7 +194,7 @@ def test_the_first_layer_computes_no_gradient_of_its_input_and_nothing_is_as_lar
         assert (left[0], right[1]) not in ((24, 16), (16, 24)), f"as large as W: {left} by {right}"
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("way")
 def test_in_inference_mode():
     tensors = draw(20)
     with torch.inference_mode():
@@ -215,7 +203,7 @@ def test_in_inference_mode():
         )
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("way")
 def test_a_backward_pass_within_autocast_is_that_without():
     one, two = draw(20, dtype=torch.float32), draw(20, dtype=torch.float32)
     lora_linear(*one.values(), 0.5).square().sum().backward()
@@ -226,7 +214,7 @@ def test_a_backward_pass_within_autocast_is_that_without():
         assert torch.equal(one[name].grad, two[name].grad)
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_hf_peft(bias):
     peft = pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")

@@ -11,9 +11,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pefttutor import kernels
-from pefttutor.kernels import lora_linear as lora_kernel
-from pefttutor.kernels import sparse_parts
-from pefttutor.kernels import threads as kernel_threads
 from pefttutor.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
 from pefttutor.kernels.flat_entries import read, selected, write
@@ -49,16 +46,6 @@ def head(device="cpu"):
     return [t.requires_grad_() for t in (hidden, weight, bias)], labels
 
 
-@pytest.fixture
-def large(monkeypatch, set_threads):
-    """Everything is large enough for threads, and sharing it with them is an error."""
-    set_threads(3)
-    for module, name in ((lora_kernel, "SMALL"), (lora_kernel, "FEW_TOKENS"), (sparse_parts, "FEW")):
-        monkeypatch.setattr(module, name, 0)
-    monkeypatch.setattr(kernel_threads, "share", lambda *_: pytest.fail("there is nothing to share"))
-
-
-@pytest.mark.usefixtures("large")
 def test_lora_linear(watched):
     tensors = lora()
     y = lora_linear_reference(*tensors.values(), 0.5)
@@ -107,7 +94,6 @@ def test_padding_that_is_not_finite_does_not_count(watched):
         (SparseSGD, torch.optim.SGD, {"momentum": 0.9}),
     ],
 )
-@pytest.mark.usefixtures("large")
 def test_a_sparse_step_is_torchs_fused_one_on_each_tensor_once(watched, ours, torchs, settings):
     weights = [nn.Parameter(draw(9, 8, seed=s)) for s in range(3)]
     twins = [nn.Parameter(w.detach().clone()) for w in weights]

@@ -7,8 +7,9 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
-from pefttutor.kernels import flat_entries, sparse_parts
+from pefttutor.kernels import flat_entries
 from pefttutor.kernels.sparse_adamw import (
     SparseAdamW,
     SparseSGD,
@@ -25,15 +26,11 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(autouse=True, params=["whole", "in parts", "short way"])
-def parts(request, monkeypatch, set_threads):
-    """Every test also with tensors of several parts, in several lots, that three threads share; and as on a GPU."""
+@pytest.fixture(autouse=True, params=["threads", "short way"])
+def everywhere(request):
+    """Every test as on a CPU and as on a GPU."""
     if request.param == "short way":
         request.getfixturevalue("short_way")
-    if request.param == "in parts":
-        monkeypatch.setattr(sparse_parts, "PART", 64)  # whole vectors, or a bfloat16 rounds otherwise
-        monkeypatch.setattr(sparse_parts, "FEW", 0)
-        set_threads(3)
 
 
 def draw(dtype=torch.float32, seed=0):
@@ -185,13 +182,63 @@ def test_a_tensor_without_a_gradient_stays():
     assert weight.grad is None
 
 
-def test_weights_that_others_have_changed_are_followed():
-    weight = torch.ones(3, requires_grad=True)
+def change(weight):
+    with torch.no_grad():
+        weight.fill_(5)
+
+
+def swap(weight):
+    weight.data = torch.full((3,), 5.0)
+
+
+def load(weight):
+    layer = nn.ParameterDict({"weight": weight})
+    layer.load_state_dict({"weight": torch.full((3,), 5.0)})
+
+
+def step_elsewhere(weight):
+    """Another optimizer, of the whole tensor."""
+    weight.grad = weight.detach() - 5
+    torch.optim.SGD([weight], lr=1.0).step()
+
+
+@pytest.mark.parametrize("others", [change, swap, load, step_elsewhere])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_others_have_changed_is_followed(others, steps):
+    weight = nn.Parameter(torch.ones(3))
     optimizer = SparseSGD([(weight, torch.tensor([1]))], lr=0.1)
-    weight.data.fill_(5)
+    for _ in range(steps):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    others(weight)
     weight.grad = torch.ones(3)
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([5.0, 4.9, 5.0]))
+
+
+def test_what_nobody_has_changed_is_not_gathered_again():
+    """So what is written past autograd, which tells of changes, is overwritten at the chosen entries."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = SparseSGD([(weight, torch.tensor([1]))], lr=0.1)
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        weight.data.fill_(5)
+    torch.testing.assert_close(weight.detach()[1], torch.tensor(5.0))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([5.0, 0.7, 5.0]))
+
+
+def test_a_tensor_of_inference_mode_counts_no_changes():
+    with torch.inference_mode():
+        weight = torch.ones(3)
+        optimizer = SparseSGD([(weight, torch.tensor([1]))], lr=0.1)
+        for start in (1, 5):
+            weight.fill_(start)
+            weight.grad = torch.ones(3)
+            optimizer.step()
+            torch.testing.assert_close(weight, torch.tensor([start, start - 0.1, start]))
 
 
 def test_a_closure_is_called_once_with_gradients_on():
@@ -205,16 +252,6 @@ def test_a_closure_is_called_once_with_gradients_on():
 
     assert optimizer.step(closure).item() == 3
     torch.testing.assert_close(weight.detach(), torch.tensor([1.0, 0.8, 1.0]))
-
-
-@pytest.mark.parametrize("threads", [2], indirect=True)
-def test_threads_get_lots_of_about_the_same_size(monkeypatch, request, parts, threads):
-    sizes = [5, 1, 30, 12, 13, 3]
-    tensors = [torch.zeros(40) for _ in sizes]
-    chosen = [(tensor, torch.arange(size)) for tensor, size in zip(tensors, sizes, strict=True)]
-    lots = sparse_parts.lots_of(list(sparse_parts.parts_of(chosen)))
-    found = sorted(sum(part.index.numel() for part in lot) for lot in lots)
-    assert found == ([31, 33] if sparse_parts.FEW == 0 else [64])
 
 
 @pytest.mark.parametrize("short", [True, False])
