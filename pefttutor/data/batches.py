@@ -67,9 +67,8 @@ def _stack(key: str, rows: list[Tensor], value: int, side: str) -> Tensor:
     if rows[0].ndim == 0:
         return torch.stack(rows)
     longest = max(row.shape[0] for row in rows)
-    beside = [0, 0] * (
-        rows[0].ndim - 1
-    )  # pad() counts from the last dimension; the first one is the sequence
+    # pad() counts from the last dimension; the first one, the sequence, comes at the end.
+    beside = [0, 0] * (rows[0].ndim - 1)
     missing = [longest - row.shape[0] for row in rows]
     sides = [[gap, 0] if side == "left" else [0, gap] for gap in missing]
     return torch.stack([pad(row, beside + s, value=value) for row, s in zip(rows, sides, strict=True)])

@@ -71,9 +71,10 @@ def _read_again(
     found = []
     for answer in answers:
         rows = [torch.tensor([*prompt, *answer]) for prompt in prompts]
+        # Padded on the right: what comes later changes nothing.
         batch = collate(
             [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows], pad
-        )  # padded on the right: what comes later changes nothing
+        )
         for row, prompt in zip(batch["labels"], prompts, strict=True):
             row[: len(prompt)] = IGNORED
         labels = batch.pop("labels").to(device)
@@ -92,10 +93,8 @@ def _continued(
     mask = read["attention_mask"]
     places = (mask.cumsum(-1) - 1).clamp(min=0)  # (prompts, seq)
     out = model(**read, position_ids=places, use_cache=True)
-    words = pad_sequence(
-        [torch.tensor(a, device=device) for a in answers], True, IGNORED
-    )  # (answers, longest)
-    n, k, longest = len(prompts), *words.shape
+    words = pad_sequence([torch.tensor(a, device=device) for a in answers], True, IGNORED)
+    n, k, longest = len(prompts), *words.shape  # words (answers, longest)
     first = out.logits[:, -1].float().log_softmax(-1)[:, words[:, 0]]  # (prompts, answers)
     if longest == 1:
         return first

@@ -140,9 +140,8 @@ def _sum_of_losses(
     Which tokens count isn't known here then: the others are computed too, and left out of every sum.
     """
     wide = torch.promote_types(head.dtype, torch.float32)
-    rows = max(
-        1, (max_bytes or MAX_BYTES) // (2 * wide.itemsize * head.shape[0])
-    )  # logits and their log-softmax
+    # Twice a row of logits: there is their log-softmax too.
+    rows = max(1, (max_bytes or MAX_BYTES) // (2 * wide.itemsize * head.shape[0]))
     if grads[1] is not None:
         rows = min(rows, ROWS_TRAINED)
     loss = hidden.new_zeros((), dtype=wide)

@@ -75,9 +75,8 @@ class LayerChange(Part):
         self.on, self.folded, self.plain = True, False, is_plain(layer)
         before = next(iter(vars(layer).get("_changes", {}).values()), None)  # then it can't be asked any more
         self.odd: str | None = before.odd if before else why_not_linear(layer)
-        self.called = (
-            False  # whether the model has called the layer since; some read its weight in another way
-        )
+        # Whether the model has called the layer since; some read its weight in another way.
+        self.called = False
         if not isinstance(layer, AdaptedLayer):
             vars(layer)["_changes"] = {}
             layer.__class__ = _widened(type(layer))
@@ -168,9 +167,8 @@ class LayerChange(Part):
             before = base[key]
             if before is None:
                 base[key] = _like(base["weight"], value)
-            elif _held_elsewhere(
-                model, before, self.layer
-            ):  # tied: the others go on with the weight of before
+            elif _held_elsewhere(model, before, self.layer):
+                # Tied: the others go on with the weight of before.
                 base[key] = _like(before, value)
                 _untie(model)
             else:

@@ -56,9 +56,8 @@ class Part:
         """The base's own tensors that folding writes, or that the part computes others from."""
         return self.changed_in_place()
 
-    additive = (
-        False  # whether another additive part may be folded into the same tensors independently of this one
-    )
+    # Whether another additive part may be folded into the same tensors independently of this one.
+    additive = False
 
     def check_foldable(self) -> None:
         """Raise ValueError, with the reason, if this part can't be folded into the weights."""
