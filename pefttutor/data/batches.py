@@ -29,6 +29,10 @@ def collate(
     Token numbers (…input_ids) are padded with `pad_token_id`, or 0 where that is no token; labels with −100;
     everything else (attention_mask) with 0. Of tensors with more dimensions the first one is padded.
 
+    >>> long, short = ({key: torch.tensor(ids) for key in ("input_ids", "labels")} for ids in ([5, 6], [7]))
+    >>> {key: rows.tolist() for key, rows in collate([long, short]).items()}         # padding has no label
+    {'input_ids': [[5, 6], [7, 0]], 'labels': [[5, 6], [7, -100]]}
+
     Shapes: n × (seq_i,) → (n, max seq); n × () → (n,); n × (rows_i, …) → (n, max rows, …).
     Raises: ValueError for an unknown side, no examples, ones with different keys, or shapes that can't be stacked.
     """
@@ -75,6 +79,12 @@ def _stack(key: str, rows: list[Tensor], value: int, side: str) -> Tensor:
 
 
 def collator(model: Any, *, side: str = "right") -> Collate:
-    """`collate` with the model's own padding token, and the given padding side: `fit(…, collate=collator(model))`."""
+    """`collate` with the model's own padding token, and the given padding side: `fit(…, collate=collator(model))`.
+
+    >>> from types import SimpleNamespace
+    >>> left = collator(SimpleNamespace(config=SimpleNamespace(pad_token_id=9)), side="left")
+    >>> left([{"input_ids": torch.tensor([5, 6])}, {"input_ids": torch.tensor([7])}])["input_ids"].tolist()
+    [[5, 6], [9, 7]]
+    """
     config = getattr(model, "config", None)
     return partial(collate, pad_token_id=getattr(config, "pad_token_id", None), side=side)

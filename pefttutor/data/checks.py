@@ -15,6 +15,10 @@ MAKE = "Make them with pefttutor.data.encode(split, tokenizer)."
 def check_examples(model: nn.Module, examples: Sequence[Any], name: str, *, needs_labels: bool) -> None:
     """Raise ValueError for what is no data set of examples, and for labels that the model can't be trained on.
 
+    >>> check_examples(nn.Linear(2, 1), [{"x": Tensor([1, 2])}], "train", needs_labels=True)
+    Traceback (most recent call last):
+    ValueError: train[0] has no labels, only x; or give loss=
+
     Cost: one pass over the labels, and a few forwards on one example, once a model (`predicts_next`).
     """
     _check_kind(examples, name)

@@ -18,6 +18,12 @@ def split_ids(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list
     the last token of a prompt may go together with what follows, as in "Answer: " + "yes", which is "Answer:" + " yes".
     So the prompt ends where the joined texts and the prompt alone begin to differ, and training, scoring and
     generating see the same tokens.
+
+    >>> from pefttutor.models import load
+    >>> _, tokenizer = load("campus-nano")
+    >>> prompt, (yes, no) = split_ids(tokenizer, "Answer: ", ["yes", "no"])
+    >>> tokenizer.decode(prompt), tokenizer.decode(yes)                 # the blank goes to the answer
+    ('<s>Answer:', ' yes')
     """
     alone = open_ids(tokenizer, prompt.rstrip(" "))
     joined = [open_ids(tokenizer, prompt + answer) for answer in answers]
@@ -27,13 +33,18 @@ def split_ids(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> tuple[list[int], str]:
-    """Token numbers of a prompt alone, and the blanks at its end, which belong to the answer's first token."""
+    """Token numbers of a prompt alone, and the blanks at its end, which belong to the answer's first token.
+
+    >>> from pefttutor.models import load
+    >>> prompt_ids(load("campus-nano")[1], "Answer: ")[1]
+    ' '
+    """
     text = prompt.rstrip(" ")
     return open_ids(tokenizer, text), prompt[len(text) :]
 
 
 def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """Token numbers of an answer that follows the prompt (or the blanks at its end alone)."""
+    """Token numbers of an answer that follows the prompt (or the blanks at its end alone); see `split_ids`."""
     return split_ids(tokenizer, prompt, [answer])[1][0]
 
 
@@ -48,6 +59,12 @@ def open_ids(tokenizer: Any, text: str) -> list[int]:
 
 def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: int = 256) -> list[Example]:
     """Turn the rows of a split into 1-D tensors for `pefttutor.fit`.
+
+    >>> from pefttutor.models import load
+    >>> _, tokenizer = load("campus-nano")
+    >>> (example,) = encode([{"prompt": "Say it: ", "answer": "yes"}], tokenizer)
+    >>> tokenizer.decode(example["labels"][example["labels"] != IGNORED])              # what is learned
+    ' yes</s>'
 
     classification: `text` → input_ids, attention_mask; labels = the class (a scalar), a number for a regression, or
         a 0 or 1 for each class, where one text may have several.

@@ -29,6 +29,13 @@ def evaluate(
     nor has a loss that compares whole sequences. Labels of −100 count in neither. With `loss` given, only the loss is
     measured. Each module's mode is kept.
 
+    >>> from pefttutor.data import encode; from pefttutor.models import load
+    >>> model, tokenizer = load("campus-nano", head="classification", num_labels=2)
+    >>> _ = torch.nn.init.zeros_(model.score.weight)         # all logits are 0: log 2, and class 0 for every text
+    >>> texts = encode([{"text": "fine", "label": 0}, {"text": "dull", "label": 1}], tokenizer)
+    >>> {name: round(value, 3) for name, value in evaluate(model, texts).items()}
+    {'loss': 0.693, 'accuracy': 0.5}
+
     Cost: one forward an example; similar lengths share a batch, so little is spent on padding.
     Raises: ValueError for an empty data set, bad labels, or if no label counts.
     """

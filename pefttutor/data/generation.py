@@ -15,7 +15,12 @@ __all__ = ["begun", "generate", "speaks"]
 
 
 def speaks(model: Any) -> bool:
-    """Whether a model answers in words: a decoder that can generate."""
+    """Whether a model answers in words: a decoder that can generate.
+
+    >>> from pefttutor.models import load
+    >>> speaks(load("campus-nano")[0]), speaks(load("campus-encoder")[0])
+    (True, False)
+    """
     can = getattr(model, "can_generate", None)
     return can is not None and can() and not getattr(model.config, "is_encoder_decoder", False)
 
@@ -30,6 +35,10 @@ def generate(
     With a key-value cache; prompts of similar length share a batch, padded on the left, unless that changes what the
     model says (it is tried on the shortest and the longest one). A prompt longer than `max_length` loses its start;
     an empty one is begun with the tokenizer's first token.
+
+    >>> from pefttutor.models import load
+    >>> generate(*load("campus-nano"), ["The music could not have"], max_new_tokens=2)
+    [' been more']
 
     Raises: ValueError for an empty prompt if the tokenizer has no token to begin with.
     """
@@ -91,7 +100,15 @@ def _bears_company(make: Callable[..., Any], short: list[int], long: list[int], 
 
 
 def begun(tokenizer: Any, ids: list[int]) -> list[int]:
-    """The tokens of a prompt; in place of none, the one with which a text begins. Raises: ValueError without one."""
+    """The tokens of a prompt; in place of none, the one with which a text begins.
+
+    >>> from types import SimpleNamespace
+    >>> tokenizer = SimpleNamespace(bos_token_id=1)
+    >>> begun(tokenizer, []), begun(tokenizer, [7, 8])
+    ([1], [7, 8])
+
+    Raises: ValueError without such a token.
+    """
     if ids:
         return ids
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -32,6 +32,11 @@ def likeliest(
     A prompt is read once, and the words go on from its cached keys and values, where the model can do that: it is
     tried on the shortest and the longest prompt. Else every word is read behind every prompt.
 
+    >>> from pefttutor.models import load
+    >>> prompts, words = ["Good", "The music could not have"], [" evening", " been"]
+    >>> likeliest(*load("campus-nano"), prompts, words, batch_size=2, max_length=16)
+    [0, 1]
+
     Raises: ValueError for a word of which the tokenizer leaves nothing.
     """
     groups: dict[tuple[tuple[int, ...], ...], list[tuple[int, list[int]]]] = defaultdict(list)

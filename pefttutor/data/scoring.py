@@ -29,6 +29,12 @@ def score(
 ) -> float:
     """The share of examples (tagging: of words) that the model gets right, between 0 and 1.
 
+    >>> from pefttutor.data import TaskInfo; from pefttutor.models import load
+    >>> task = TaskInfo(name="taste", kind="classification", labels=("bad", "good"))
+    >>> rows = [{"prompt": "Soup was served. Verdict: ", "label": label} for label in (0, 1)]
+    >>> score(*load("campus-nano"), rows, task)              # a prompt gets one answer, and here has two labels
+    0.5
+
     accuracy: by the head of a classification model; a causal language model chooses the label word to which it
         gives the largest mean log-probability a token, after the row's prompt.
     exact_match: the greedy answer equals the row's, blanks at the ends and doubled ones aside. Where the row's

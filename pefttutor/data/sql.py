@@ -21,6 +21,13 @@ def same_result(predicted: str, expected: str, database: Path) -> bool:
     Rows count as a multiset; their order counts when the expected query asks for one. Numbers are compared to six
     digits. A predicted query that fails, writes, or goes over the limits is wrong.
 
+    >>> from pefttutor.data import info
+    >>> database = info("bank_sql").folder / "bank.sql"
+    >>> same_result("VALUES (2), (1)", "VALUES (1), (2)", database)
+    True
+    >>> same_result("VALUES (2), (1)", "SELECT * FROM (VALUES (1), (2)) ORDER BY 1", database)
+    False
+
     Raises: ValueError when the expected query itself fails: then the data is at fault.
     """
     try:
@@ -36,6 +43,14 @@ def same_result(predicted: str, expected: str, database: Path) -> bool:
 
 def rows(query: str, database: Path) -> list[tuple[Any, ...]]:
     """What one reading query returns, within the limits; runs in memory, so the file is never changed.
+
+    >>> from pefttutor.data import info
+    >>> database = info("bank_sql").folder / "bank.sql"
+    >>> rows("SELECT 1 + 2, 'three'", database)
+    [(3, 'three')]
+    >>> rows("DROP TABLE accounts", database)
+    Traceback (most recent call last):
+    sqlite3.DatabaseError: not authorized
 
     Raises: sqlite3.Error for a query that fails, writes, or goes over a limit.
     """

@@ -31,6 +31,10 @@ def aligned(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, T
     Shifted, position t predicts label t + 1, the last one none. Logits (or hidden states) may have more positions
     than there are labels: virtual tokens stand in front. A class label is its text's own.
 
+    >>> _, labels = aligned(torch.zeros(1, 3, 9), torch.tensor([[5, 6, 7]]), shifted=True)
+    >>> labels                                                          # the last position predicts nothing
+    tensor([[   6,    7, -100]])
+
     Shapes: (batch, n, …) and (batch, seq) → (batch, n, …) and (batch, n); (batch, classes) and (batch) stay.
     Raises: ValueError for labels that belong to no position.
     """
@@ -48,6 +52,10 @@ def aligned(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, T
 def count_targets(batch: dict[str, Any], *, shifted: bool) -> int:
     """How many terms the mean of a loss has: examples for class labels, else labels that are not −100.
 
+    >>> labels = torch.tensor([[5, 6, IGNORED]])
+    >>> count_targets({"labels": labels}, shifted=False), count_targets({"labels": labels}, shifted=True)
+    (2, 1)
+
     `shifted` says that the first position's label has no prediction (`predicts_next`).
     """
     labels = batch.get("labels")
@@ -62,6 +70,10 @@ def weighted(batches: Sequence[dict[str, Any]], *, shifted: bool) -> list[tuple[
     """The parts of one step that have a target, each with its share of all targets: Σ share · loss is their mean.
 
     A part without a target must be left out: its mean is 0 / 0, and NaN · 0 would be NaN for all.
+
+    >>> parts = [{"labels": torch.tensor([[1, 2, 3]])}, {"labels": torch.tensor([[4, IGNORED, IGNORED]])}]
+    >>> [share for _, share in weighted(parts, shifted=False)]          # three labels and one
+    [0.75, 0.25]
 
     Raises: ValueError if no part has a target.
     """
@@ -96,6 +108,10 @@ def predicts_next(model: Any, batch: dict[str, Any] | None = None) -> bool:
     The model is run a few times on one row of `batch`, or else on three tokens, and what that shows is kept for as
     long as it has the same settings. Where it shows nothing, since the model can't be run so or all its logits are
     equal in every way, the name of its class decides.
+
+    >>> from pefttutor.models import load
+    >>> predicts_next(load("campus-nano")[0]), predicts_next(load("campus-encoder")[0])
+    (True, False)
     """
     labels = batch.get("labels") if batch else None
     if isinstance(labels, Tensor) and (labels.ndim < 2 or labels.is_floating_point()):

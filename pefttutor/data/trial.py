@@ -14,7 +14,15 @@ __all__ = ["close_enough", "evaluating", "fresh_casts", "one_row", "ordinary", "
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block every module is in evaluation mode; after it each has its own mode back, even on an error."""
+    """Within the block every module is in evaluation mode; after it each has its own mode back, even on an error.
+
+    >>> dropout = nn.Dropout(0.5)
+    >>> with evaluating(dropout):
+    ...     dropout.training
+    False
+    >>> dropout.training
+    True
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -26,7 +34,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fresh_casts() -> Iterator[None]:
-    """Within the block `torch.autocast` keeps no cast of a weight, nor takes one of the weight as it was before."""
+    """Within the block `torch.autocast` keeps no cast of a weight, nor takes one of the weight as it was before.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> with torch.autocast("cpu"), fresh_casts():
+    ...     _ = nn.init.ones_(layer.weight), layer(torch.ones(1)), nn.init.zeros_(layer.weight)
+    ...     layer(torch.ones(1)).item()                                 # without fresh_casts 1.0, the old weight's
+    0.0
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -37,7 +52,14 @@ def fresh_casts() -> Iterator[None]:
 
 @contextmanager
 def trial(model: nn.Module) -> Iterator[None]:
-    """Within the block `model` can be called without leaving a trace, neither in itself nor in random generators."""
+    """Within the block `model` can be called without leaving a trace, neither in itself nor in random generators.
+
+    >>> before = torch.get_rng_state()
+    >>> with trial(nn.Dropout(0.5)):
+    ...     _ = torch.rand(100)
+    >>> torch.get_rng_state().equal(before)
+    True
+    """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     configs = [(vars(config), dict(vars(config))) for config in _configs(model)]
     try:
@@ -49,7 +71,13 @@ def trial(model: nn.Module) -> Iterator[None]:
 
 
 def settings(model: nn.Module) -> list[Any]:
-    """What the form of a model's loss may depend on: as long as it is equal, what a trial has shown holds."""
+    """What the form of a model's loss may depend on: as long as it is equal, what a trial has shown holds.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before, _ = settings(layer), layer.register_forward_hook(print)
+    >>> settings(layer) == before                                       # the hook may change what the loss sees
+    False
+    """
     own = [id(vars(model).get(name)) for name in ("forward", "_loss_function")]
     hooks = [*model._forward_pre_hooks, *model._forward_hooks]
     return [type(model), *own, hooks, *(dict(vars(config)) for config in _configs(model))]
@@ -68,6 +96,10 @@ def one_row(batch: dict[str, Any], *, length: int | None = None) -> dict[str, An
 
     Whatever isn't one row for each of the labels stays whole.
 
+    >>> mask = torch.tensor([[1, 0], [1, 1]])
+    >>> one_row({"labels": torch.tensor([[5, 0], [6, 7]]), "attention_mask": mask})["labels"]
+    tensor([[6, 7]])
+
     Shapes: (batch, …) → (1, …), and (batch, seq, …) → (1, length, …) where seq is that of the labels.
     """
     labels, mask = batch["labels"], batch.get("attention_mask")
@@ -82,7 +114,12 @@ def one_row(batch: dict[str, Any], *, length: int | None = None) -> dict[str, An
 
 
 def ordinary(model: Any, classes: int, count: int) -> list[int]:
-    """The first of so many classes, those that are special tokens of the model only if there are no others."""
+    """The first of so many classes, those that are special tokens of the model only if there are no others.
+
+    >>> from types import SimpleNamespace
+    >>> ordinary(SimpleNamespace(config=SimpleNamespace(pad_token_id=0, eos_token_id=2)), classes=10, count=3)
+    [1, 3, 4]
+    """
     special: set[int] = set()
     for config in _configs(model):
         for name, value in vars(config).items():
@@ -92,5 +129,9 @@ def ordinary(model: Any, classes: int, count: int) -> list[int]:
 
 
 def close_enough(model: nn.Module) -> float:
-    """How far two log-probabilities may differ that are computed in different batches, and are the same number."""
+    """How far two log-probabilities may differ that are computed in different batches, and are the same number.
+
+    >>> close_enough(nn.Linear(1, 1)), close_enough(nn.Linear(1, 1).bfloat16())
+    (0.0001, 0.05)
+    """
     return 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2

@@ -24,7 +24,11 @@ FORMAT = "1"
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the global random generators that dropout draws from."""
+    """The state of the global random generators that dropout draws from.
+
+    >>> rng_state(torch.device("cpu")).keys()
+    dict_keys(['cpu'])
+    """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -32,7 +36,13 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned."""
+    """Put back what `rng_state` returned.
+
+    >>> before, first = rng_state(torch.device("cpu")), torch.rand(3)
+    >>> set_rng_state(before, torch.device("cpu"))
+    >>> torch.rand(3).equal(first)
+    True
+    """
     torch.set_rng_state(states["cpu"].cpu())
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
@@ -56,7 +66,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 def versions(model: nn.Module) -> dict[str, int]:
-    """Each parameter's count of in-place changes: shows later which frozen ones were written (ReLoRA merges)."""
+    """Each parameter's count of in-place changes: shows later which frozen ones were written (ReLoRA merges).
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before, _ = versions(layer), nn.init.ones_(layer.weight)
+    >>> {name: now - before[name] for name, now in versions(layer).items()}
+    {'weight': 1, 'bias': 0}
+    """
     return {name: p._version for name, p in model.named_parameters()}
 
 
@@ -69,6 +85,14 @@ def save_state(
     rest: dict[str, Any],
 ) -> None:
     """Write everything that the next step depends on, to a temporary name first, then renamed.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> model = nn.Linear(1, 1)
+    >>> with TemporaryDirectory() as folder:
+    ...     save_state(folder, model, torch.optim.AdamW(model.parameters()), {}, versions(model), {"done": 3})
+    ...     tensors, header = read_state(folder)
+    >>> list(tensors), header["rest"]
+    (['parameter.bias', 'parameter.weight'], {'done': 3})
 
     Tensors: parameters that train or were changed since `before`, buffers, the optimizer's, the generators'.
     JSON: the optimizer's numbers and groups, and `rest`.
@@ -121,6 +145,13 @@ def restore(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], header: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Copy a read state into the model and the optimizer; returns the generators' state.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> header = {"optimizer": {"groups": optimizer.state_dict()["param_groups"], "numbers": {}}}
+    >>> _ = restore(model, optimizer, {"parameter.weight": torch.tensor([[7.0]])}, header)
+    >>> model.weight.item()
+    7.0
 
     Raises: ValueError when the saved tensors are not this model's, before anything is changed.
     """

@@ -19,7 +19,12 @@ SCHEDULES = ("linear", "constant", "cosine")
 def check_settings(
     model: nn.Module, settings: dict[str, Any], checkpoint: str | Path | None, resume: bool
 ) -> None:
-    """Raise ValueError with what was given and what is possible."""
+    """Raise ValueError with what was given and what is possible.
+
+    >>> check_settings(nn.Linear(1, 1), {"steps": 5, "epochs": 1}, None, False)
+    Traceback (most recent call last):
+    ValueError: steps=5 and epochs=1 were both given; choose one
+    """
     given = settings
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -56,6 +61,11 @@ def check_settings(
 def described(model: nn.Module, written: Collection[str] = ()) -> dict[str, Any]:
     """What a run is about, beside its settings: the attached methods, and the base that they are on.
 
+    >>> from pefttutor.selective import BitFit
+    >>> about = described(BitFit().attach(nn.Linear(2, 2)))
+    >>> about["attachments"]["default"]["method"], list(about["base"])
+    ('BitFit', ['bias', 'weight'])
+
     written: parameters that a method changes without training them, as ReLoRA does: they are in the saved state.
     """
     methods = {
@@ -70,7 +80,12 @@ def described(model: nn.Module, written: Collection[str] = ()) -> dict[str, Any]
 
 
 def check_resumable(saved: dict[str, Any], settings: dict[str, Any], model: nn.Module) -> None:
-    """Raise ValueError when a saved run had other settings, methods or another base: it would not be the same run."""
+    """Raise ValueError when a saved run had other settings, methods or another base: it would not be the same run.
+
+    >>> check_resumable({"settings": {"lr": 0.1}}, {"lr": 0.2}, nn.Linear(1, 1))
+    Traceback (most recent call last):
+    ValueError: the saved run had other settings: lr was 0.1, now 0.2. Use those, or resume=False
+    """
     then = saved["settings"]
     different = [f"{k} was {then.get(k)!r}, now {v!r}" for k, v in settings.items() if then.get(k) != v]
     if different:

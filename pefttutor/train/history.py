@@ -11,6 +11,11 @@ BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 class History:
     """The record of a training run.
 
+    >>> history = History()
+    >>> for loss in (2.0, 1.0): history.record(loss=loss, lr=0.1, step_s=0.5)
+    >>> history.plot().alt
+    'Training loss over 2 steps, from 2 to 1.'
+
     steps: number of each step, from 1. loss: mean over the step's labels, without a method's penalty.
     lr: learning rate of the first parameter group. step_s: seconds. validation: one dict an evaluation, with
     the step it stands at. interrupted: whether Ctrl-C ended the run.

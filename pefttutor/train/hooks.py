@@ -15,6 +15,11 @@ __all__ = ["Hooks"]
 class Hooks:
     """The hooks of all methods that take part in a training, in the order of attaching; see `pefttutor.method.Trains`.
 
+    >>> from pefttutor.selective import ChildTuningF
+    >>> hooks = Hooks(nn.Linear(1, 1), ChildTuningF())
+    >>> hooks.having("penalty"), hooks.penalty().item(), hooks.changes_gradients
+    ([], 0.0, True)
+
     method: asked in the place of those that are attached, or None. Two attachments of equal methods are one method
     here: its hooks look for all that it has attached.
     """

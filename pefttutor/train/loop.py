@@ -56,6 +56,14 @@ def fit(
     (label tokens, or examples when a label is a class), however they are cut into `accumulate` parts:
         g = Σ_k (n_k / Σ n) ∇ loss_k + ∇ penalty,   clipped to the norm `max_grad_norm`, then AdamW.
 
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.ones_(model.weight)                      # a first step of AdamW is as long as lr
+    >>> square = lambda model, batch: model(batch["x"]).square().mean()
+    >>> fit(model, [{"x": torch.ones(1)}], loss=square, steps=1, lr=0.25, warmup=0, weight_decay=0).loss
+    [1.0]
+    >>> round(model.weight.item(), 3)
+    0.75
+
     method: asked for its hooks penalty, after_backward, after_step and optimizer, where it has them; None takes
         the methods that are attached to the model and train. Steps are counted from 0 for the hooks.
     weight_decay: on all that trains (AdamW, one group), unless the method brings its own optimizer.

@@ -39,6 +39,12 @@ def causal_lm_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     Once for each model, head, config and kind of batch it is proved on four tokens that the model makes this loss of
     what its head says, and nothing else: the head is let say something with large differences, in evaluation mode.
 
+    >>> from pefttutor.models import load
+    >>> model, tokens = load("campus-nano")[0], torch.tensor([[5, 6, 7, 8, 9]])
+    >>> batch = {"input_ids": tokens, "labels": tokens}
+    >>> torch.allclose(causal_lm_loss(model, batch), model(**batch).loss)
+    True
+
     Shapes: batch["input_ids"] and batch["labels"] (batch, seq), and whatever else the model takes → ().
     Cost: as `linear_cross_entropy`, for the labelled tokens.
     Raises: ValueError for a batch without labels; TypeError for a model without a head, or whose loss is another one.

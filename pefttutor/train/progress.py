@@ -14,6 +14,11 @@ def for_a_person() -> bool:
     """Whether somebody is watching: a terminal or a notebook's front end, not a test, CI or a stored run.
 
     PEFTTUTOR_PROGRESS=0 or =1 decides for all that follows.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, PEFTTUTOR_PROGRESS="1"):
+    ...     for_a_person()
+    True
     """
     chosen = os.environ.get("PEFTTUTOR_PROGRESS")
     if chosen in ("0", "1"):
@@ -26,8 +31,13 @@ def for_a_person() -> bool:
 
 
 def bar(total: int, *, done: int = 0, show: bool | None = None) -> Any:
-    """A tqdm bar over `total` steps; show=None asks `for_a_person`. It stays when it is done:
-    a notebook would keep an empty place for one that vanishes."""
+    """A tqdm bar over `total` steps, `done` of them behind it; show=None asks `for_a_person`.
+
+    It stays when it is done: a notebook would keep an empty place for one that vanishes.
+
+    >>> bar(10, done=3, show=False).n
+    3
+    """
     from tqdm.auto import tqdm
 
     hidden = not (for_a_person() if show is None else show)

@@ -12,6 +12,9 @@ def lr_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float:
     With w = ⌊warmup · steps⌋: (step + 1) / (w + 1) while step < w. Then p = (step − w) / (steps − w) grows
     from 0, and the fraction is 1 (constant), 1 − p (linear) or (1 + cos πp) / 2 (cosine). It is never 0, so that
     each step counts.
+
+    >>> [lr_factor(step, 5, warmup=0.2, schedule="linear") for step in range(5)]
+    [0.5, 1.0, 0.75, 0.5, 0.25]
     """
     rising = int(warmup * steps)
     if step < rising:
@@ -24,6 +27,9 @@ def step_indices(step: int, examples: int, per_step: int, seed: int) -> list[int
     """Which examples step 0, 1, … takes: each epoch a new order, a function of seed and epoch alone.
 
     So the position in the data is the number of the step, and nothing else has to be kept for resuming.
+
+    >>> sorted(step_indices(0, examples=3, per_step=2, seed=0) + step_indices(1, examples=3, per_step=2, seed=0))
+    [0, 1, 2]
     """
     epoch, position = divmod(step, math.ceil(examples / per_step))
     return _order(examples, seed, epoch)[position * per_step : (position + 1) * per_step]

@@ -23,6 +23,12 @@ def callback(method: Any = None) -> Any:
     A callback can't choose the optimizer. For a method that brings its own, give it to the Trainer:
     `Trainer(…, optimizers=(method.optimizer(model, lr=…, weight_decay=…), None))`.
 
+    >>> from types import SimpleNamespace; from pefttutor.selective import ChildTuningF
+    >>> arguments = SimpleNamespace(fp16=False, max_grad_norm=1.0)
+    >>> callback(ChildTuningF()).on_train_begin(arguments, None, None, model=nn.Linear(1, 1))
+    >>> arguments.max_grad_norm                                  # its mask comes after the Trainer's clipping
+    0.0
+
     method: asked in the place of those that are attached, or None.
 
     Raises: ValueError at the start of training with fp16 and a penalty or after_backward: the Trainer's gradients

@@ -20,6 +20,11 @@ class Watch:
     """Compares, after the first backward pass and step, what should train with what got a gradient and can move.
 
     Each finding is a warning that names the tensors and the likely cause: training goes on.
+
+    >>> with warnings.catch_warnings(record=True, action="always") as said:
+    ...     Watch(nn.Linear(1, 1)).after_backward({})            # there was no backward pass
+    >>> print(str(said[0].message).partition(".")[0])
+    'weight', 'bias': should train and got no gradient in the first step
     """
 
     def __init__(self, model: nn.Module) -> None:
