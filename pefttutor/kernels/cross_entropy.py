@@ -36,6 +36,10 @@ def linear_cross_entropy_reference(
 
     loss = mean over t with label(t) ≠ ignore_index of −log softmax(hₜ Wᵀ + b)[label(t)]
 
+    >>> hidden, head, labels = torch.ones(3, 2), torch.zeros(4, 2), torch.tensor([0, 3, -100])
+    >>> linear_cross_entropy_reference(hidden, head, labels)            # four words, equally likely: log 4
+    tensor(1.3863)
+
     Shapes: hidden (tokens, d), weight (vocabulary, d), labels (tokens), bias (vocabulary) or None → ().
     """
     logits = F.linear(hidden, weight, bias)  # (tokens, vocabulary)
@@ -58,6 +62,10 @@ def linear_cross_entropy(
 
     The gradient is computed along with the loss, while logits are at hand, and only where one is asked for.
     Without any label the loss is NaN, as in the reference. Differentiable once.
+
+    >>> hidden, head, labels = torch.ones(3, 2), torch.zeros(4, 2), torch.tensor([0, 3, -100])
+    >>> linear_cross_entropy(hidden, head, labels)                      # four words, equally likely: log 4
+    tensor(1.3863)
 
     max_bytes: of the logits that exist at a time; None: 8 MiB on a CPU, 128 MiB on a GPU. If the head trains, on a
         CPU they are those of 256 tokens, whatever that is.

@@ -34,6 +34,10 @@ __all__ = [
 def squared_gradients_reference(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Σ_s (∂ℓ_s/∂θ)² for every parameter that requires a gradient: one backward pass a sample, as the formula says.
 
+    >>> layer, x = nn.Linear(1, 1, bias=False), torch.tensor([[3.0], [-3.0]])
+    >>> squared_gradients_reference(layer, lambda: layer(x)[:, 0])      # 3² + (−3)², not (3 − 3)²
+    {'weight': tensor([[18.]])}
+
     forward() runs the module and returns ℓ. Shapes: ℓ (B) or (C, B) → by name, each parameter's shape.
     """
     total = no_squares(module)
@@ -49,6 +53,10 @@ def squared_gradients(
     max_bytes: int = 1 << 26,
 ) -> dict[str, Tensor]:
     """Σ_s (∂ℓ_s/∂θ)², the same as `squared_gradients_reference`, in one pass.
+
+    >>> layer, x = nn.Linear(1, 1, bias=False), torch.tensor([[3.0], [-3.0]])
+    >>> squared_gradients(layer, lambda: layer(x)[:, 0], samples=2)     # 3² + (−3)², not (3 − 3)²
+    {'weight': tensor([[18.]])}
 
     forward() runs the module on a batch of `samples` and returns ℓ_s, one value a sample (a log-likelihood); or C
     rows of them, whose squares are added (√p · log p of each label gives the true Fisher). It may be called twice
@@ -78,7 +86,11 @@ def squared_gradients(
 
 
 def no_squares(module: nn.Module) -> dict[str, Tensor]:
-    """Zeros, to add squares to: by name, for each parameter that requires a gradient."""
+    """Zeros, to add squares to: by name, for each parameter that requires a gradient.
+
+    >>> no_squares(nn.Linear(2, 1, bias=False).bfloat16())              # a sum needs more digits
+    {'weight': tensor([[0., 0.]])}
+    """
     return {
         name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
         for name, p in _trained(module).items()
@@ -86,7 +98,12 @@ def no_squares(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_finite(total: Mapping[str, Tensor]) -> None:
-    """Raise FloatingPointError if a sum of squares has NaN or infinite entries."""
+    """Raise FloatingPointError if a sum of squares has NaN or infinite entries.
+
+    >>> check_finite({"weight": torch.tensor([1.0, torch.inf])})
+    Traceback (most recent call last):
+    FloatingPointError: squared_gradients: the gradient of 'weight' has NaN or infinite entries
+    """
     # Of squares NaN and infinity are the largest. A device is asked once, for all of its tensors.
     largest = {name: value.amax() for name, value in total.items() if value.numel()}
     for device in {value.device for value in largest.values()}:
@@ -110,6 +127,12 @@ def add_squared_gradients(
     trusted: Set[nn.Module] = frozenset(),
 ) -> set[nn.Module]:
     """Add `squared_gradients` of one batch to `total`, in place and without `check_finite`.
+
+    >>> layer, total = nn.Linear(1, 1, bias=False), {"weight": torch.zeros(1, 1)}
+    >>> for x in (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])):
+    ...     _ = add_squared_gradients(layer, lambda: layer(x)[:, 0], total, samples=2)
+    >>> total                                                           # 1² + 2² + 3² + 4²
+    {'weight': tensor([[30.]])}
 
     Returns the layers that were seen to have the samples as rows, in every call; the next batch may pass them as
     trusted. Best found out with two samples, which costs least, and hardly anything else comes in twos. What has two

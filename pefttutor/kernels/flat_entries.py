@@ -27,7 +27,11 @@ def _scatters_by_int32(kind: str) -> bool:
 
 
 def sorted_places(index: Tensor, tensor: Tensor) -> Tensor:
-    """The places in rising order, that of memory. Raises: ValueError unless they are the tensor's, each once."""
+    """The places in rising order, that of memory. Raises: ValueError unless they are the tensor's, each once.
+
+    >>> sorted_places(torch.tensor([3, 0]), torch.zeros(2, 2))
+    tensor([0, 3])
+    """
     index = index.sort().values
     if len(index) and (index[0] < 0 or index[-1] >= tensor.numel() or (index[1:] == index[:-1]).any()):
         raise ValueError(
@@ -38,7 +42,11 @@ def sorted_places(index: Tensor, tensor: Tensor) -> Tensor:
 
 
 def read(tensor: Tensor, index: Tensor) -> Tensor:
-    """The chosen entries of `tensor` as a vector. Shapes: tensor (…), index (k) → (k)."""
+    """The chosen entries of `tensor` as a vector. Shapes: tensor (…), index (k) → (k).
+
+    >>> read(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 3]))
+    tensor([1., 4.])
+    """
     return tensor.detach().reshape(-1).index_select(0, index)
 
 
@@ -46,6 +54,11 @@ def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Put `values` into their places in `tensor`; no other entry is touched. Shapes: (…), (k), (k).
 
     Autograd doesn't count it as a change: the same values may be written again between forward and backward.
+
+    >>> weight = torch.zeros(2, 2)
+    >>> write(weight, torch.tensor([0, 3]), torch.tensor([1.0, 4.0]))
+    >>> weight.tolist()
+    [[1.0, 0.0], [0.0, 4.0]]
 
     Raises: ValueError for a tensor that isn't contiguous.
     """
@@ -64,6 +77,11 @@ def selected(values: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """`weight`, whose gradient arrives in `values` for the chosen entries and nowhere for the others.
 
     `weight` must hold `values` at `index` already (see `write`). The result shares its memory: nothing is copied.
+
+    >>> weight, values = torch.tensor([1.0, 2.0]), torch.tensor([2.0], requires_grad=True)
+    >>> (selected(values, weight, torch.tensor([1])) * torch.tensor([5.0, 7.0])).sum().backward()
+    >>> values.grad                                                     # of the second entry alone
+    tensor([7.])
 
     Shapes: values (k), weight (…), index (k) → (…).
     Cost: forward none; backward the layer's own dense weight gradient, gathered and freed at once.

@@ -37,7 +37,12 @@ class Call:
 
 
 def known_parameters(module: nn.Module, wanted: Iterable[Tensor]) -> set[Tensor]:
-    """The parameters all of whose owners are layers that `per_sample` knows."""
+    """The parameters all of whose owners are layers that `per_sample` knows.
+
+    >>> model = nn.Sequential(nn.Linear(1, 1), nn.PReLU())
+    >>> len(known_parameters(model, model.parameters()))                # the linear layer's weight and bias
+    2
+    """
     owners: dict[Tensor, list[nn.Module]] = {p: [] for p in wanted}
     for layer in module.modules():
         for p in layer._parameters.values():
@@ -52,6 +57,12 @@ def watched(module: nn.Module, known: set[Tensor], samples: int) -> Iterator[lis
 
     So the graph has each call's output, and reaches a known parameter only where its layer wasn't called for it:
     `h @ embedding.weight.T`.
+
+    >>> layer = nn.Linear(1, 3)
+    >>> with watched(layer, set(layer.parameters()), samples=2) as calls:
+    ...     _ = layer(torch.ones(2, 1))
+    >>> [(tuple(call.input.shape), tuple(call.output.shape), call.by_sample) for call in calls]
+    [((2, 1), (2, 3), True)]
     """
     calls: list[Call] = []
     handles, detached = [], []
@@ -105,7 +116,13 @@ def _note(
 
 @contextmanager
 def training(parameters: Iterable[Tensor], only: Iterable[Tensor]) -> Iterator[None]:
-    """Let gradients flow to `only`, for the block."""
+    """Let gradients flow to `only`, for the block.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> with training(layer.parameters(), [layer.bias]):
+    ...     layer.weight.requires_grad, layer.bias.requires_grad
+    (False, True)
+    """
     parameters, chosen = list(parameters), set(only)
     try:
         for p in parameters:
@@ -121,6 +138,12 @@ def visit(value: Tensor, calls: Sequence[Call], note: Callable[[Call, Tensor], N
 
     Where the gradients are many, each is noted as the pass comes to it, and may be freed while it goes on to the ends
     of the graph. Where they are few it is faster to stop at the last of these outputs, and to note all of them then.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> with watched(layer, set(layer.parameters()), samples=2) as calls:
+    ...     value = 5 * layer(torch.ones(2, 1)).sum()
+    >>> visit(value, calls, lambda call, gradient: print(gradient.tolist()))
+    [[5.0], [5.0]]
     """
     outputs = [call.output for call in calls]
     most = 0 if threads.short_way(value.device) else KEPT

@@ -36,6 +36,10 @@ def lora_linear_reference(
 
     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ
 
+    >>> x, W, A, B = torch.tensor([1.0, 2.0]), torch.ones(1, 2), torch.ones(1, 2), torch.full((1, 1), 10.0)
+    >>> lora_linear_reference(x, W, None, A, B, scaling=0.5)            # 3 + ½ · 10 · 3
+    tensor([18.])
+
     Shapes: x (…, in), weight (out, in), bias (out) or None, lora_A (r, in), lora_B (out, r) → (…, out).
     Source: Hu et al. 2021, LoRA, eq. 3.
     """
@@ -49,6 +53,10 @@ def lora_linear(
     """Add a low-rank update to a linear layer: the same function as `lora_linear_reference`, faster and leaner.
 
     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ
+
+    >>> x, W, A, B = torch.tensor([1.0, 2.0]), torch.ones(1, 2), torch.ones(1, 2), torch.full((1, 1), 10.0)
+    >>> lora_linear(x, W, None, A, B, scaling=0.5)                      # 3 + ½ · 10 · 3
+    tensor([18.])
 
     A weight stored as (in, out), as GPT-2's Conv1D does, is passed as its view `weight.t()`, at no cost.
     The adapter may be kept in a wider dtype than x (float32 next to bfloat16): it is rounded to x's dtype for the

@@ -38,6 +38,10 @@ def sum_of_losses(
 ) -> Tensor:
     """Σ −log softmax(z)[label] over the labelled tokens; its gradients are added to `grads` where there are some.
 
+    >>> hidden, head, labels = torch.ones(3, 2), torch.zeros(4, 2), torch.tensor([0, 3, -100])
+    >>> sum_of_losses(hidden, head, None, labels, [None] * 3, ignore_index=-100, max_bytes=None)   # 2 · log 4
+    tensor(2.7726)
+
     Shapes: hidden (tokens, d), head (vocabulary, d), shift (vocabulary) or None, labels (tokens); grads as hidden,
     head and shift → (). Computes in the head's dtype.
     """
@@ -140,7 +144,13 @@ def _inside(labels: Tensor, words: int) -> Tensor:
 
 
 def add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """into += left @ right, computed in right's dtype."""
+    """into += left @ right, computed in right's dtype.
+
+    >>> total = torch.ones(1, 1)
+    >>> add_product(total, torch.tensor([[2.0, 3.0]]), torch.tensor([[10.0], [100.0]]))
+    >>> total                                                           # 1 + 20 + 300
+    tensor([[321.]])
+    """
     if into.dtype == right.dtype:
         into.addmm_(left.to(right.dtype), right)
     else:

@@ -31,7 +31,11 @@ Use = tuple[nn.Module, str, Tensor, Tensor]  # a layer, its parameter's name, a 
 
 def kind_of(layer: nn.Module) -> str | None:
     """Which of the formulas is the layer's. Exact types, because a subclass may compute something else; by name
-    for those that libraries define themselves."""
+    for those that libraries define themselves.
+
+    >>> [kind_of(layer) for layer in (nn.Linear(1, 1), nn.LayerNorm(1), nn.PReLU())]
+    ['linear', 'norm', None]
+    """
     name = type(layer).__name__
     if type(layer) is nn.Linear or name == "Conv1D":
         return "linear" if name == "Linear" else "conv1d"
@@ -45,18 +49,33 @@ def kind_of(layer: nn.Module) -> str | None:
 
 
 def knows(layer: nn.Module) -> bool:
-    """Whether this file has the formula of each of the layer's own parameters."""
+    """Whether this file has the formula of each of the layer's own parameters.
+
+    >>> knows(nn.Linear(1, 1)), knows(nn.Embedding(1, 1, max_norm=1.0))
+    (True, False)
+    """
     return kind_of(layer) is not None and set(layer._parameters) <= {"weight", "bias"}
 
 
 def vectors(layer: nn.Module, name: str, a: Tensor, delta: Tensor) -> Tensor:
-    """All samples' gradients of a bias or of a norm's weight. Shapes: (B, T, in), (B, T, out) → (B, out)."""
+    """All samples' gradients of a bias or of a norm's weight. Shapes: (B, T, in), (B, T, out) → (B, out).
+
+    >>> delta = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])         # two samples of two tokens
+    >>> vectors(nn.Linear(1, 1), "bias", torch.zeros(2, 2, 1), delta).tolist()
+    [[3.0], [7.0]]
+    """
     return delta.sum(1) if name == "bias" else (delta * scaled_input(layer, a)).sum(1)
 
 
 def squares(uses: list[Use], into: Tensor, *, max_bytes: int) -> Iterator[Callable[[], None]]:
     """Pieces of work that add Σ_s G[s]² to `into`, where G[s] is the sum over all uses of one parameter (a tied
-    weight has several). They may be done in any order and at once; each needs up to `max_bytes` for a gradient."""
+    weight has several). They may be done in any order and at once; each needs up to `max_bytes` for a gradient.
+
+    >>> delta, total = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.zeros(1)
+    >>> for piece in squares([(nn.Linear(1, 1), "bias", torch.zeros(2, 2, 1), delta)], total, max_bytes=64): piece()
+    >>> total                                                           # (1 + 2)² + (3 + 4)²
+    tensor([58.])
+    """
     if into.dim() == 1:
         yield partial(_add_vectors, uses, into)
     elif len(uses) == 1 and kind_of(uses[0][0]) == "embedding":
@@ -175,7 +194,11 @@ def _counts(layer: Any, ids: Tensor) -> Tensor:
 
 
 def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
-    """x̂ of a norm y = γ · x̂ + β (or (1 + γ) · x̂): what γ multiplies, whatever the layer does to get it."""
+    """x̂ of a norm y = γ · x̂ + β (or (1 + γ) · x̂): what γ multiplies, whatever the layer does to get it.
+
+    >>> scaled_input(nn.LayerNorm(2, eps=0.0), torch.tensor([2.0, 6.0]))    # mean 4, deviation 2
+    tensor([-1.,  1.])
+    """
     if type(layer) is nn.LayerNorm:
         return layer_norm(x, layer.normalized_shape, eps=layer.eps)
     zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters(recurse=False)}

@@ -13,6 +13,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
     Autocast leaves float64 and integers alone. A tensor that has autocast's dtype already looks the same with
     autocast on and off: whether two tensors fit is asked of both (`shared_dtype`), never read from one.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     compute_dtype(torch.ones(1)), compute_dtype(torch.ones(1).double())
+    (torch.bfloat16, torch.float64)
     """
     dtype, kind = x.dtype, x.device.type
     if dtype == torch.float64 or not dtype.is_floating_point or not torch.amp.is_autocast_available(kind):
@@ -22,6 +26,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def shared_dtype(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype in which the linear layer would take all of them. x is its input, weight and bias its parameters.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     shared_dtype("mine", torch.ones(1), torch.ones(1).bfloat16(), None)
+    torch.bfloat16
 
     Raises: TypeError where they would still differ, as PyTorch's own layer refuses them.
     """

@@ -23,6 +23,12 @@ def recompute_activations() -> Any:
     made it, and that operation keeps its own operands. These are released only after every user of the result
     has run backward, so they are always there. Gradients are the same numbers.
 
+    >>> x = torch.tensor(2.0, requires_grad=True)
+    >>> with recompute_activations():
+    ...     y = (x * x) * x                                             # x · x isn't kept
+    >>> y.backward(); x.grad                                            # 3 x²
+    tensor(12.)
+
     Cost: one or two element-wise passes for each tensor dropped; never a matrix product.
     """
     return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)

@@ -52,6 +52,10 @@ def sparse_adamw_reference(
 
     m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  w ← (1 − lr·λ)w − lr · (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)
 
+    >>> weight, grad, zeros, mask = torch.ones(2), torch.ones(2), torch.zeros(2), torch.tensor([True, False])
+    >>> sparse_adamw_reference(weight, grad, mask, zeros, zeros.clone(), 1, lr=0.25, weight_decay=0)
+    tensor([0.7500, 1.0000])
+
     Shapes: all of the weight's; exp_avg and exp_avg_sq are updated in place, dense. step: t = 1, 2, …
     Source: Loshchilov & Hutter 2019, algorithm 2, restricted to a subset as in chapter eq. 4.6.
     """
@@ -200,6 +204,12 @@ class SparseAdamW(_OnChosen, torch.optim.AdamW):
 
         optimizer = SparseAdamW([(layer.weight, index)], lr=1e-3)     # layer.weight.grad is read, dense or not
 
+    >>> weight = torch.ones(2)
+    >>> weight.grad = torch.tensor([8.0, 8.0])
+    >>> SparseAdamW([(weight, torch.tensor([1]))], lr=0.25, weight_decay=0).step()
+    >>> weight                                                          # a first step is as long as lr
+    tensor([1.0000, 0.7500])
+
     chosen: pairs of a tensor and the flat places of its chosen entries; the rest as in `torch.optim.AdamW`. With
     everything chosen the result is that of `torch.optim.AdamW`, bit for bit. A tensor without a gradient isn't moved.
     What others change in a tensor is followed, if autograd sees it: not what is written past it, through `tensor.data`.
@@ -217,4 +227,11 @@ class SparseAdamW(_OnChosen, torch.optim.AdamW):
 
 
 class SparseSGD(_OnChosen, torch.optim.SGD):
-    """torch's SGD, with momentum and weight decay if asked for, on chosen entries; otherwise as `SparseAdamW`."""
+    """torch's SGD, with momentum and weight decay if asked for, on chosen entries; otherwise as `SparseAdamW`.
+
+    >>> weight = torch.ones(2)
+    >>> weight.grad = torch.tensor([8.0, 8.0])
+    >>> SparseSGD([(weight, torch.tensor([1]))], lr=0.5).step()
+    >>> weight
+    tensor([ 1., -3.])
+    """
