@@ -189,7 +189,11 @@ def prepared(model: str, task: str) -> tuple[Any, dict[str, list[Any]]]:
 
 @cache
 def drawn(model: str, task: str, n: int, seed: int) -> list[Any]:
-    """n of the task's training examples, encoded for the model and drawn by the seed."""
+    """n of the task's training examples, encoded for the model and drawn by the seed.
+
+    >>> drawn("campus-nano", "sentiment", 4, seed=0)[:2] == drawn("campus-nano", "sentiment", 2, seed=0)
+    True
+    """
     examples = prepared(model, task)[1]["train"]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:n].tolist()]

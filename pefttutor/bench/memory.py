@@ -37,6 +37,10 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
 def kept_bytes(step: Callable[[], Any]) -> int:
     """Bytes that autograd keeps for the backward pass, by its saved-tensor hooks.
 
+    >>> x = torch.ones(4, requires_grad=True)
+    >>> kept_bytes(lambda: x.exp())                                     # its result, four float32
+    16
+
     Every storage counts once, however many operations keep it. Parameters and their views don't count: they
     exist without the step.
     """
@@ -60,6 +64,12 @@ def state_bytes(step: Callable[[], Any]) -> int:
     """Bytes of the tensors that `step.optimizer` has in its state after a step.
 
     Each storage counts once and in full. Scalars, such as the number of steps, don't: no entry has one of its own.
+
+    >>> weight = torch.nn.Parameter(torch.ones(10))
+    >>> def step(): weight.sum().backward(); step.optimizer.step()
+    >>> step.optimizer = torch.optim.AdamW([weight])
+    >>> state_bytes(step)                                               # two moments of ten float32
+    80
 
     Raises: ValueError for a step that has no `optimizer`, or whose optimizer keeps nothing.
     """

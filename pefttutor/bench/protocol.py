@@ -36,6 +36,13 @@ def time_rounds(
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round; round i starts with step i, modulo their number.
 
+    >>> order: list[str] = []
+    >>> steps = {side: lambda side=side: order.append(side) for side in ("ours", "peer")}
+    >>> time_rounds(steps, rounds=2, warmup=0, clock=iter(range(8)).__next__)
+    {'ours': [1, 1], 'peer': [1, 1]}
+    >>> order
+    ['ours', 'peer', 'peer', 'ours']
+
     The results of a step are dropped after the clock has stopped, so that freeing them costs nobody any time.
 
     wait: returns once all is done that was ordered. A GPU's orders come back before it has done them: the clock
@@ -68,7 +75,11 @@ def time_rounds(
 
 
 def paired_ratio(numerator: list[float], denominator: list[float]) -> Ratio:
-    """Median and quartiles of numerator[i] / denominator[i], both of one round: they met the same machine."""
+    """Median and quartiles of numerator[i] / denominator[i], both of one round: they met the same machine.
+
+    >>> paired_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])                # what slows a round down slows both
+    Ratio(median=2.0, low=2.0, high=2.0)
+    """
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     if len(ratios) == 1:
         return Ratio(ratios[0], ratios[0], ratios[0])
@@ -77,7 +88,11 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> Ratio:
 
 
 def disturbed_rounds(seconds: Mapping[str, list[float]]) -> int:
-    """How many rounds had a side that took over `DISTURBED` times its own median."""
+    """How many rounds had a side that took over `DISTURBED` times its own median.
+
+    >>> disturbed_rounds({"ours": [1.0, 1.0, 1.2], "peer": [1.0, 1.5, 1.0]})
+    1
+    """
     limits = {name: DISTURBED * median(times) for name, times in seconds.items()}
     rounds = zip(*seconds.values(), strict=True)
     return sum(any(t > limit for t, limit in zip(times, limits.values(), strict=True)) for times in rounds)
@@ -87,6 +102,9 @@ def difference(ours: Mapping[str, Tensor], peer: Mapping[str, Tensor]) -> tuple[
     """Largest relative difference max|a − b| / max|b| of all tensors, and the name of the one that has it.
 
     Infinite, with the reason in place of the name, where names or shapes differ or a value isn't finite.
+
+    >>> difference({"y": torch.tensor([1.0, 2.0])}, {"y": torch.tensor([1.0, 4.0])})        # 2 of 4
+    (0.5, 'y')
     """
     if set(ours) != set(peer) or not ours:
         return float("inf"), f"names differ: {sorted(set(ours) ^ set(peer)) or 'no results at all'}"

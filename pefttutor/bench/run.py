@@ -48,7 +48,13 @@ class Result:
 
 
 def run(row: Row, *, rounds: int | None = None, seed: int = 0, device: str = "cpu") -> Result:
-    """Measure a row by the protocol. A missing peer or differing results give a verdict and no figures."""
+    """Measure a row by the protocol. A missing peer or differing results give a verdict and no figures.
+
+    >>> row = Row(name="toy", work="ones", peer="the same", build=lambda *_: lambda: {"y": torch.ones(1)})
+    >>> result = run(row, rounds=3)
+    >>> result.difference, len(result.seconds["peer"]), result.verdict
+    (0.0, 3, 'no goal')
+    """
     result = Result(
         name=row.name,
         work=row.work,
@@ -108,7 +114,12 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def judge(result: Result) -> str:
-    """One line: not a measurement, goals met, or which goals are missed and by how much."""
+    """One line: not a measurement, goals met, or which goals are missed and by how much.
+
+    >>> toy = {"name": "toy", "work": "ones", "peer": "numpy", "bound": None, "tolerance": 1e-4, "difference": 0.0}
+    >>> judge(Result(**toy, goals={"time": 1.0}, time=Ratio(median=1.5, low=1.4, high=1.6)))
+    'missed: time 1.500 > 1'
+    """
     worst = result.difference
     if worst is None or not isfinite(worst) or worst > result.tolerance:
         shown = "none" if worst is None else f"{worst:.1e}"
