@@ -25,7 +25,6 @@ def check_settings(
     Traceback (most recent call last):
     ValueError: steps=5 and epochs=1 were both given; choose one
     """
-    given = settings
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "nothing trains: no parameter of the model has requires_grad. Attach a method first, "
@@ -38,22 +37,24 @@ def check_settings(
         raise ValueError(
             f"{merged[0]!r} is merged into the weights, so that what trains has no effect: unmerge it first"
         )
-    if given["steps"] is not None and given["epochs"] is not None:
-        raise ValueError(f"steps={given['steps']} and epochs={given['epochs']} were both given; choose one")
+    if settings["steps"] is not None and settings["epochs"] is not None:
+        raise ValueError(
+            f"steps={settings['steps']} and epochs={settings['epochs']} were both given; choose one"
+        )
     for name in ("steps", "epochs", "batch_size", "accumulate", "evaluate_every", "lr", "max_grad_norm"):
         whole = name not in ("epochs", "lr", "max_grad_norm")
-        value = given[name]
+        value = settings[name]
         if value is None and name not in ("batch_size", "accumulate", "lr"):
             continue
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not number or not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value!r}, expected a positive {'whole ' if whole else ''}number")
-    if not 0 <= given["warmup"] < 1:
-        raise ValueError(f"warmup={given['warmup']}, expected a fraction of the steps: 0 ≤ warmup < 1")
-    if given["weight_decay"] < 0:
-        raise ValueError(f"weight_decay={given['weight_decay']}, expected 0 or more")
-    if given["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule={given['schedule']!r}, expected one of {', '.join(SCHEDULES)}")
+    if not 0 <= settings["warmup"] < 1:
+        raise ValueError(f"warmup={settings['warmup']}, expected a fraction of the steps: 0 ≤ warmup < 1")
+    if settings["weight_decay"] < 0:
+        raise ValueError(f"weight_decay={settings['weight_decay']}, expected 0 or more")
+    if settings["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule={settings['schedule']!r}, expected one of {', '.join(SCHEDULES)}")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint=, the folder that the interrupted run wrote to")
 
