@@ -1,5 +1,6 @@
 """README, environment.yml, pyproject.toml, CI, the citation and the wheel say the same."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -53,12 +54,17 @@ def test_the_workflow_runs_ci_and_installs_as_the_readme_does():
     jobs = workflow["jobs"].values()
     commands = [[step["run"] for step in job["steps"] if "run" in step] for job in jobs]
     install = CHECK.split(" &&")[0].replace("[test]", "[test,ci]")
-    assert commands == [[".ci/run"], [install, ".ci/run --quick"]]
-    assert [job["timeout-minutes"] for job in jobs] == [90, 90]
+    assert commands == [[".ci/run"], [install, ".ci/run --quick"], [".ci/versions ${{ matrix.versions }}"]]
+    assert [job["timeout-minutes"] for job in jobs] == [90, 90, 90]
     allowed = SpecifierSet(PROJECT["project"]["requires-python"])
     pythons = workflow["jobs"]["quick"]["strategy"]["matrix"]["python-version"]
     every = ["3.11", *pythons]
     assert [version for version in [*every, "3.14"] if allowed.contains(version)] == every
+    ends = workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    assert [(end["versions"], end["python-version"]) for end in ends] == [
+        ("oldest", every[0]),
+        ("newest", every[-1]),
+    ]
 
 
 def test_the_hooks_are_the_tools_of_ci():
@@ -102,14 +108,86 @@ def test_the_conda_environment_has_the_readmes_pins():
     assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(f"{python}.1")
 
 
+# What Colab had on COLAB_READ: the list of its packages (googlecolab/backend-info, as another repository keeps it), and
+# torch, which that list lacks, as a Colab session of 2026-10-06 printed it.
+COLAB_READ = "2026-10-09"
+COLAB = {
+    "torch": "2.11.0",
+    "transformers": "5.18.0",
+    "datasets": "4.8.5",
+    "pyarrow": "23.0.1",
+    "safetensors": "0.8.0",
+    "numpy": "2.1.3",
+    "matplotlib": "3.10.0",
+    "ipywidgets": "7.7.1",
+    "tqdm": "4.67.3",
+}
+
+
 def test_ranges_not_pins_and_nothing_that_colab_would_have_to_replace():
     for extra in (None, *PROJECT["project"]["optional-dependencies"]):
         assert not [r for r in requirements(extra).values() if "==" in str(r.specifier)]
-    colab = {"torch": "2.11.0", "transformers": "5.15.0", "ipywidgets": "7.7.1", "numpy": "2.1.3"}
-    for package, version in {**colab, "matplotlib": "3.10.0"}.items():
+    assert set(COLAB) == set(requirements())
+    for package, version in COLAB.items():
         assert requirements()[package].specifier.contains(version), package
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains("3.13.16")
     assert "peft" not in requirements()
-    assert "peft" in requirements("lab")  # lessons compare with it
+    assert requirements("lab")["peft"].specifier.contains("0.21.1")  # lessons compare with it
+
+
+def test_the_readme_says_what_colab_has_and_when():
+    said = README.partition("## Colab")[2].partition("\n## ")[0]
+    assert f"On {COLAB_READ}," in said
+    named = ("torch", "transformers", "datasets", "numpy", "matplotlib", "ipywidgets")
+    assert [package for package in named if f"{package} {COLAB[package]}" not in said] == []
+
+
+@pytest.fixture(scope="module")
+def lower_bounds():
+    spec = importlib.util.spec_from_file_location("lower_bounds", ROOT / ".ci" / "lower_bounds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("line", "constraint"),
+    [
+        ("torch>=2.11", "torch==2.11"),
+        ("jupyterlab<5,>=4.4", "jupyterlab==4.4"),
+        ("torch>=2.9,>=2.10", "torch==2.10"),
+        ("gguf[cli]~=0.17.1", "gguf==0.17.1"),
+        ("numpy>=2.1; python_version < '3.13'", 'numpy==2.1 ; python_version < "3.13"'),
+    ],
+)
+def test_the_lowest_version_is_read_from_the_requirement(lower_bounds, line, constraint):
+    assert lower_bounds.lowest(Requirement(line)) == constraint
+
+
+@pytest.mark.parametrize(
+    "line", ["torch", "torch<3", "torch>2.11", "torch>=2.11,!=2.11", "torch>=2.11,<2"]
+)
+def test_a_requirement_without_a_lowest_version_is_refused(lower_bounds, line):
+    with pytest.raises(ValueError, match="names no lowest version"):
+        lower_bounds.lowest(Requirement(line))
+
+
+def test_the_oldest_environment_pins_what_pyproject_names_and_nothing_else():
+    printed = subprocess.run(
+        [sys.executable, ".ci/lower_bounds.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    pins = {pin.name: str(pin.specifier) for pin in map(Requirement, printed.splitlines())}
+    wanted = requirements() | requirements("test")
+    assert pins == {name: str(one.specifier).replace(">=", "==") for name, one in wanted.items()}
+
+
+@pytest.mark.parametrize("arguments", [[], ["middle"], ["oldest", "--python"]])
+def test_versions_says_how_it_is_called(arguments):
+    done = subprocess.run(
+        ["bash", ".ci/versions", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: .ci/versions oldest|newest")
 
 
 def test_the_series_links_every_lesson_and_nothing_else():
