@@ -164,9 +164,7 @@ def test_the_lowest_version_is_read_from_the_requirement(lower_bounds, line, con
     assert lower_bounds.lowest(Requirement(line)) == constraint
 
 
-@pytest.mark.parametrize(
-    "line", ["torch", "torch<3", "torch>2.11", "torch>=2.11,!=2.11", "torch>=2.11,<2"]
-)
+@pytest.mark.parametrize("line", ["torch", "torch<3", "torch>2.11", "torch>=2.11,!=2.11", "torch>=2.11,<2"])
 def test_a_requirement_without_a_lowest_version_is_refused(lower_bounds, line):
     with pytest.raises(ValueError, match="names no lowest version"):
         lower_bounds.lowest(Requirement(line))
