@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pefttutor.train import callback as callback
     from pefttutor.train import evaluate as evaluate
     from pefttutor.train import fit as fit
+    from pefttutor.train import fit_head as fit_head
 
 _FUNCTIONS = {
     **dict.fromkeys(
@@ -58,6 +59,7 @@ _FUNCTIONS = {
     "callback": "train",
     "evaluate": "train",
     "fit": "train",
+    "fit_head": "train",
     "methods": "catalog",
 }
 _MODULES = {

@@ -16,7 +16,10 @@ __all__ = ["LinearProbe"]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """Train the head alone: what can be read off the frozen features by a linear map.
+    """Train the head alone, by gradient steps: as much of what a linear map can read off the features as these reach.
+
+    After a few hundred steps that may be far from all of it. The head trained to the end, in seconds, and so the
+    yardstick for "does one have to adapt inside?", is `pefttutor.fit_head`.
 
     >>> model = nn.ModuleDict({"body": nn.Linear(6, 4), "classifier": nn.Linear(4, 2)})
     >>> [name for name, parameter in LinearProbe().attach(model).named_parameters() if parameter.requires_grad]

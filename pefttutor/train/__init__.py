@@ -5,9 +5,10 @@ training is a hook in the method's own file, never a case in here.
 """
 
 from pefttutor.data.evaluation import evaluate
+from pefttutor.train.head import FittedHead, fit_head
 from pefttutor.train.history import History
 from pefttutor.train.loop import fit
 from pefttutor.train.schedule import lr_factor, step_indices
 from pefttutor.train.trainer import callback
 
-__all__ = ["History", "callback", "evaluate", "fit", "lr_factor", "step_indices"]
+__all__ = ["FittedHead", "History", "callback", "evaluate", "fit", "fit_head", "lr_factor", "step_indices"]
