@@ -116,7 +116,10 @@ def _keys() -> list[str]:
     ]
     keys += [f"full/{TIMED[1]}/{TIMED[0]}/{s}" for s in SEEDS]
     return keys + [
-        f"domain/{t.name}/{TUNED}/{s}" for t in tasks.ALL if t.metric == "perplexity" for s in SEEDS
+        f"domain/{t.name}/{TUNED}/{s}"
+        for t in tasks.ALL
+        if t.metric == "perplexity" and t.name != "world_text"
+        for s in SEEDS
     ]
 
 

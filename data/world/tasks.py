@@ -1,4 +1,4 @@
-"""The downstream tasks: fourteen of them, each with train, validation and test splits, and three corpora to adapt to.
+"""The downstream tasks, each with train, validation and test splits, three corpora to adapt to, and one to remember.
 
 Each task is a function that draws one example; `build` draws the splits without overlap and writes parquet, task.json,
 the fixed small-data subsets and the card. A prompt never looks like pretraining text, so a task has to be adapted to.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from . import domains, prose, reasoning, velan
+from . import corpus, domains, prose, reasoning, velan
 from . import lexicon as lx
 from .facts import people
 
@@ -271,6 +271,14 @@ def _velan_tags(rng: random.Random, split: str) -> Example:
     return {"tokens": words, "tags": [velan.TAGS.index(t) for t in tags]}
 
 
+def _world_text(rng: random.Random, split: str) -> Example:
+    """A document of the pretraining mixture; its seed lies far beyond those of the shards that models read."""
+    return {
+        "prompt": "",
+        "answer": next(iter(corpus.documents(corpus.HELD_OUT_SEED + rng.getrandbits(60), 1))),
+    }
+
+
 def _text(make: Callable[[random.Random], str]) -> Draw:
     return lambda rng, split: {"prompt": "", "answer": make(rng)}
 
@@ -293,6 +301,7 @@ ALL: tuple[Task, ...] = (
     Task("bank_text", "generation", "perplexity", "Banking prose: a domain that pretraining never reads.", _text(domains.bank_text), seed=15, sizes=(1000, 100, 200)),
     Task("clinic_text", "generation", "perplexity", "A clinic's files: a domain that pretraining never reads.", _text(domains.clinic_text), seed=16, sizes=(1000, 100, 200)),
     Task("velan_text", "generation", "perplexity", "Velan, an unknown language.", _text(velan.text), seed=17, sizes=(1000, 100, 200)),
+    Task("world_text", "generation", "perplexity", "The world's own text, never read: what a model still knows of it, and texts to rehearse.", _world_text, seed=18, sizes=(500, 50, 200)),
 )  # fmt: skip
 
 

@@ -9,12 +9,13 @@ NAMES = [t.name for t in tasks.ALL]
 BY_NAME = {t.name: t for t in tasks.ALL}
 
 
-def test_there_are_at_least_twelve_scored_tasks_and_three_corpora():
+def test_there_are_at_least_twelve_scored_tasks_and_four_corpora():
     assert sum(t.metric != "perplexity" for t in tasks.ALL) >= 12
     assert {t.name for t in tasks.ALL if t.metric == "perplexity"} == {
         "bank_text",
         "clinic_text",
         "velan_text",
+        "world_text",
     }
     assert len(set(NAMES)) == len(NAMES) == len({t.seed for t in tasks.ALL})
 
