@@ -102,7 +102,7 @@ class Run:
 
     def record(self, loss: float) -> None:
         """After a step: one row of numbers, and where the random numbers stand."""
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])  # some keep it as a tensor
         self.history.record(loss=loss, lr=lr, step_s=time.perf_counter() - self.started_at)
         self.rng = rng_state(self.device)
         self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from pefttutor.kernels.sparse_adamw import SparseAdamW, SparseSGD
 from pefttutor.train import checkpoint as resume
 from pefttutor.train import fit
 from tests.tiny import language_examples, llama, weights
@@ -67,8 +68,8 @@ def test_the_rest_is_json_and_nothing_is_pickled(tmp_path: Path) -> None:
     fit(llama(), language_examples(), steps=2, checkpoint=tmp_path)
     tensors, header = resume.read_state(tmp_path)
     assert header["rest"]["history"]["steps"] == [1, 2]
-    assert header["optimizer"]["groups"][0]["weight_decay"] == 0.01
-    assert tensors["optimizer.0.step"] == 2
+    assert header["optimizer"]["param_groups"][0]["weight_decay"] == 0.01
+    assert tensors["optimizer.state.0.step"] == 2
     with safe_open(tmp_path / resume.FILE_NAME, framework="pt") as file:
         assert json.loads(file.metadata()["state"]) == header
     assert "pickle" not in Path(resume.__file__).read_text().split('"""')[2]
@@ -110,10 +111,49 @@ def test_a_failed_save_leaves_the_state_before(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == [resume.FILE_NAME]
 
 
-def test_optimizer_state_of_any_kind_survives(tmp_path: Path) -> None:
-    class Adagrad:
+class Remembering(torch.optim.SGD):
+    """Keeps lists, numbers and a last update beside what torch keeps, and moves by all of them."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=torch.tensor(lr), momentum=0.9, foreach=False)
+        self.seen: dict[str, Any] = {"steps": 0, "names": ["a", None], "last": []}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        before = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        super().step()
+        self.seen["steps"] += 1
+        now = self.param_groups[0]["params"]
+        with torch.no_grad():
+            for p, last in zip(now, self.seen["last"], strict=False):
+                p.add_(last, alpha=0.1 / self.seen["steps"])
+        self.seen["last"] = [p.detach() - old for p, old in zip(now, before, strict=True)]
+        self.state[now[0]]["norms"] = [self.seen["last"][0].norm(), 1.5]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seen = state_dict["seen"]
+        assert len(self.state_dict()["state"][0]["norms"]) == 2
+
+
+def sparse(make: Any, **settings: Any) -> Any:
+    """An optimizer on every third entry of each tensor."""
+    return lambda parameters, lr: make(
+        [(p, torch.arange(0, p.numel(), 3)) for p in parameters], lr, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.NAdam, sparse(SparseAdamW), sparse(SparseSGD, momentum=0.9), Remembering],
+    ids=["NAdam", "SparseAdamW", "SparseSGD", "Remembering"],
+)
+def test_optimizer_state_of_any_kind_survives(tmp_path: Path, make: Any) -> None:
+    class Own:
         def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-            return torch.optim.NAdam(model.parameters(), lr=lr, weight_decay=weight_decay)
+            return make(model.parameters(), lr=lr)
 
         def after_backward(self, model: nn.Module, step: int) -> None:
             if step == self.stop:
@@ -121,7 +161,7 @@ def test_optimizer_state_of_any_kind_survives(tmp_path: Path) -> None:
 
         stop = -1
 
-    data, method = language_examples(), Adagrad()
+    data, method = language_examples(), Own()
     expected = llama()
     fit(expected, data, method=method, steps=5)
     method.stop = 2
@@ -130,6 +170,18 @@ def test_optimizer_state_of_any_kind_survives(tmp_path: Path) -> None:
     model = llama()
     fit(model, data, method=method, steps=5, checkpoint=tmp_path, resume=True)
     assert all(torch.equal(value, weights(expected)[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("kept", [{1, 2}, {3: "a"}, [torch.float32]])
+def test_optimizer_state_that_is_neither_tensors_nor_json_is_named(tmp_path: Path, kept: Any) -> None:
+    model = nn.Linear(1, 1)
+    optimizer = Remembering(model.parameters(), lr=0.1)
+    optimizer.seen["own"] = kept
+    with pytest.raises(
+        ValueError, match=r"the optimizer's state_dict holds .* as seen\.own.*expected tensors"
+    ):
+        resume.save_state(tmp_path, model, optimizer, {}, {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_waits_for_the_end_of_an_update_and_an_error_in_it_goes_first() -> None:
