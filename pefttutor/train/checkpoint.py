@@ -49,6 +49,48 @@ def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
+class Buffers:
+    """A model's buffers as they were when last kept: what a step has moved before it broke off can be put back.
+
+    >>> norm = nn.BatchNorm1d(1)
+    >>> buffers, _ = Buffers(norm), norm(torch.ones(2, 1))   # a forward in training mode counts its batch
+    >>> buffers.put_back()
+    >>> norm.num_batches_tracked.item(), norm.running_mean.item()
+    (0, 0.0)
+
+    Cost: a copy of the buffers on the CPU. Keeping again copies those of floats, since BatchNorm changes them past
+        autograd's count, and of the others (places, quantized weights) those that were changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept: dict[tuple[nn.Module, str], tuple[Tensor, int, Tensor]] = {}
+        self.keep()
+
+    def keep(self) -> None:
+        """From now on, put back what is there now."""
+        now = {(m, key): b for m in self.model.modules() for key, b in m._buffers.items() if b is not None}
+        self.kept = {
+            place: self.kept[place]
+            if self._is_as_kept(place, b)
+            else (b, b._version, b.detach().to("cpu", copy=True))
+            for place, b in now.items()
+        }
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The same tensors with the same values, also where a new tensor was put in the place of one."""
+        for place, (buffer, _, values) in self.kept.items():
+            if not self._is_as_kept(place, buffer):
+                buffer.copy_(values)
+            module, key = place
+            module._buffers[key] = buffer
+
+    def _is_as_kept(self, place: tuple[nn.Module, str], buffer: Tensor) -> bool:
+        before, version, _ = self.kept.get(place, (None, 0, None))
+        return buffer is before and buffer._version == version and not buffer.is_floating_point()
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C wait until the block is done, so that an update happens as a whole or not at all."""

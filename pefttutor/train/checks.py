@@ -67,17 +67,16 @@ def described(model: nn.Module, written: Collection[str] = ()) -> dict[str, Any]
     >>> about["attachments"]["default"]["method"], list(about["base"])
     ('BitFit', ['bias', 'weight'])
 
-    written: parameters that a method changes without training them, as ReLoRA does: they are in the saved state.
+    written: parameters that a method changes without training them, as ReLoRA does: they are in the saved state, as
+        are all buffers, which a step may move.
     """
     methods = {
         name: {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "learns": a.learns}
         for name, a in attached(model).items()
     }
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    trained = [] if methods else trained + [name for name, _ in model.named_buffers()]
-    return json.loads(
-        json.dumps({"attachments": methods, "base": base_of(model, without=[*trained, *written])})
-    )
+    saved = [] if methods else [name for name, p in model.named_parameters() if p.requires_grad]
+    saved += [*written, *(name for name, _ in model.named_buffers())]
+    return json.loads(json.dumps({"attachments": methods, "base": base_of(model, without=saved)}))
 
 
 def check_resumable(saved: dict[str, Any], settings: dict[str, Any], model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from pefttutor.data.batches import Collate, Loss
 from pefttutor.data.evaluation import evaluate
 from pefttutor.method import attached
 from pefttutor.train.checkpoint import (
+    Buffers,
     read_state,
     restore,
     rng_state,
@@ -62,7 +63,10 @@ class Run:
 
     @contextmanager
     def started(self, *, resume: bool, seed: int, show: bool | None) -> Iterator[None]:
-        """The run's own random numbers inside; Ctrl-C ends it with a checkpoint; outside all is as it was before."""
+        """The run's own random numbers inside; Ctrl-C ends it with a checkpoint; outside all is as it was before.
+
+        A step that breaks off, by Ctrl-C or an error, leaves the buffers of the step before.
+        """
         outside = rng_state(self.device)
         if resume:
             assert self.checkpoint is not None
@@ -73,10 +77,14 @@ class Run:
         else:
             torch.manual_seed(seed)
             self.rng = rng_state(self.device)
+        self.buffers = Buffers(self.model)
         self.bar = bar(self.total, done=self.done, show=show)
         try:
             yield
-        except KeyboardInterrupt:
+        except BaseException as error:
+            self.buffers.put_back()
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             self.history.interrupted = True
             self.keep()
         finally:
@@ -101,10 +109,11 @@ class Run:
             group["lr"] = peak * factor
 
     def record(self, loss: float) -> None:
-        """After a step: one row of numbers, and where the random numbers stand."""
+        """After a step: one row of numbers, and where the random numbers and the buffers stand."""
         lr = float(self.optimizer.param_groups[0]["lr"])  # some keep it as a tensor
         self.history.record(loss=loss, lr=lr, step_s=time.perf_counter() - self.started_at)
         self.rng = rng_state(self.device)
+        self.buffers.keep()
         self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update()
 
@@ -121,6 +130,7 @@ class Run:
             if self.metric is not None:
                 measured = self.metric(self.model)
                 entry |= measured if isinstance(measured, dict) else {"metric": float(measured)}
+            self.buffers.keep()
             self.history.validation.append(entry)
         self.keep()
 

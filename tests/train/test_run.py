@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from pefttutor.lowrank import LoRA
 from pefttutor.train import fit
-from tests.tiny import language_examples, llama, weights
+from tests.tiny import language_examples, llama, rows_of, tiny_batch, tiny_model, weights
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -151,3 +153,109 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     again = fit(fresh, data, steps=3, checkpoint=tmp_path, resume=True)
     assert again.loss == history.loss
     assert equal(weights(fresh), weights(model))
+
+
+# ---- buffers, which move in the middle of a step
+
+
+class Count(nn.Module):
+    """Counts its calls in training, in place and by a new tensor."""
+
+    seen: torch.Tensor
+    anew: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("seen", "anew"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+            self.anew = self.anew + 1
+        return x
+
+
+def net(method: Any = None) -> Any:
+    """A network with BatchNorm and counters."""
+    model: Any = tiny_model("net")
+    model.enter = nn.Sequential(model.enter, Count())
+    return method.attach(model) if method else model.requires_grad_(True)
+
+
+def net_loss(at: int | None = None, error: Any = KeyboardInterrupt) -> Any:
+    """Cross-entropy that breaks off step `at`, of two parts a step, behind its second forward."""
+    calls: list[None] = []
+
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        value = F.cross_entropy(model(batch["x"]), batch["labels"])
+        calls.extend([None] * model.training)
+        if at is not None and model.training and len(calls) == 2 * at + 2:
+            if error is FloatingPointError:
+                return value * float("nan")
+            raise error
+        return value
+
+    return loss
+
+
+NET: dict[str, Any] = {"steps": 6, "batch_size": 3, "accumulate": 2, "lr": 1e-2, "evaluate_every": 2}
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of parameters and buffers."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*is changed by training, and no method saves it")
+@pytest.mark.parametrize("fresh", [True, False], ids=["a fresh model", "the same model"])
+@pytest.mark.parametrize("method", [None, LoRA(r=2, target_modules=("up",))], ids=["full", "LoRA"])
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_what_a_broken_off_step_has_counted_is_not_counted_again(
+    tmp_path: Path, at: int, method: Any, fresh: bool
+) -> None:
+    data = rows_of(tiny_batch("net")) * 4
+    settings: dict[str, Any] = {**NET, "validation": data[:3], "checkpoint": tmp_path}
+    expected = net(method)
+    fit(expected, data, loss=net_loss(), **NET)
+    model = net(method)
+    first = fit(model, data, loss=net_loss(at), **settings)
+    assert first.interrupted
+    assert model.enter[1].seen == model.enter[1].anew == 2 * at
+    model = net(method) if fresh else model
+    fit(model, data, loss=net_loss(), resume=True, **settings)
+    assert model.enter[1].seen == 12
+    assert equal(state(model), state(expected))
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, MemoryError])
+def test_an_error_in_a_step_leaves_the_buffers_of_the_step_before(error: Any) -> None:
+    data = rows_of(tiny_batch("net")) * 4
+    expected, model = net(), net()
+    fit(expected, data, loss=net_loss(), **{**NET, "steps": 3, "schedule": "constant", "warmup": 0})
+    held = model.enter[1].seen
+    with pytest.raises(error):
+        fit(model, data, loss=net_loss(3, error), **{**NET, "schedule": "constant", "warmup": 0})
+    assert equal(state(model), state(expected))
+    assert model.enter[1].seen is held  # who holds the buffer sees it
+
+
+def test_what_an_evaluation_has_changed_counts_once(tmp_path: Path) -> None:
+    def metric(model: Any) -> float:
+        model.enter[1].seen += 100
+        if stop:
+            stop.pop()
+            raise KeyboardInterrupt
+        return 0.0
+
+    data, stop = rows_of(tiny_batch("net")) * 4, [True]
+    settings: dict[str, Any] = {**NET, "metric": metric, "checkpoint": tmp_path}
+    model = net()
+    fit(model, data, loss=net_loss(), **settings)
+    assert model.enter[1].seen == 4
+    fit(
+        model, data, loss=net_loss(1), resume=True, **settings
+    )  # breaks off the fourth step, behind one evaluation
+    assert model.enter[1].seen == 106
+    fit(model, data, loss=net_loss(), resume=True, **settings)
+    assert model.enter[1].seen == 312
