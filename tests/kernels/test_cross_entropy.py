@@ -154,7 +154,7 @@ def test_no_label_at_all_is_nan_as_in_the_formula():
 @pytest.mark.usefixtures("way")
 def test_without_grad_mode_nothing_but_the_loss_is_computed(threads):
     tensors, labels = draw()
-    with torch.no_grad(), torch.profiler.profile() as profiler:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as profiler:
         loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], labels, tensors["bias"])
     torch.testing.assert_close(
         loss, linear_cross_entropy_reference(tensors["hidden"], tensors["weight"], labels, tensors["bias"])

@@ -178,7 +178,7 @@ def test_keeps_less_when_less_trains(trained, sizes):
 
 def operations(tensors):
     """Shapes of the factors of all matrix products in forward and backward."""
-    with torch.profiler.profile(record_shapes=True) as profiler:
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
         run(lora_linear, tensors)
     first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # where the two factors are
     return [e.input_shapes[first[e.name] :][:2] for e in profiler.events() if e.name in first]
