@@ -49,7 +49,8 @@ def load(
     head: "lm" (predicts tokens), "classification" (one of num_labels classes a text), "tagging" (one a token) or
         "none" (hidden states only). What the files don't hold is drawn from N(0, initializer_range) with a fixed
         seed; biases are 0.
-    labels: the names of the classes; then num_labels may be left out.
+    num_labels: of the head; 1 is a regression, whose labels are numbers. labels: the names of the classes; then
+        num_labels may be left out.
 
     Cost: a .gguf is converted once a process, into a temporary folder; that takes half a minute.
     Raises: FileNotFoundError, with every way to get one, when there is no such model; ValueError for a damaged
@@ -92,13 +93,23 @@ def _label_settings(head: str, num_labels: int | None, labels: list[str] | None)
         return {}
     if count is None:
         raise ValueError(f"head={head!r} needs num_labels=, or labels= with the names of the classes")
-    if num_labels not in (None, count) or count < 2:
-        raise ValueError(f"num_labels={num_labels} and labels={labels}: expected the same number, at least 2")
+    if num_labels not in (None, count):
+        raise ValueError(
+            f"num_labels={num_labels} and labels={labels}: expected the same number, or labels= alone"
+        )
+    regression = head == "classification" and labels is None and count == 1
+    if count < 2 and not regression:
+        given = f"num_labels={num_labels}" if labels is None else f"{labels=}"
+        raise ValueError(
+            f"head={head!r} has {count} label{'s' * (count != 1)} ({given}), expected at least 2"
+            + (", or num_labels=1 for a regression" if head == "classification" else "")
+        )
     words = labels or [f"LABEL_{i}" for i in range(count)]
     return {
         "num_labels": count,
         "id2label": dict(enumerate(words)),
         "label2id": {w: i for i, w in enumerate(words)},
+        **({"problem_type": "regression"} if regression else {}),
     }
 
 

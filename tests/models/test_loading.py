@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pefttutor import models
+from pefttutor.data.encoding import encode
 from pefttutor.models import carriers
+from pefttutor.train import evaluate, fit
 from tests.tiny import bert, llama, tokenizer
 
 
@@ -87,6 +89,25 @@ def test_a_classifier_reads_the_last_word_also_when_padded(house: Path) -> None:
     assert torch.allclose(padded[0], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tiny-causal", "tiny-encoder"])
+@pytest.mark.parametrize("stars", [(1.0, 5.0), (1, 5)], ids=["floats", "whole numbers"])
+def test_one_label_is_a_regression(house: Path, name: str, stars: tuple[float, float]) -> None:
+    model, words = models.load(name, head="classification", num_labels=1)
+    rows = [{"text": text, "label": n} for text, n in zip(("A bad day", "A good day"), stars, strict=True)]
+    examples = encode(rows, words)
+    with torch.no_grad():
+        said = [model(input_ids=example["input_ids"][None]).logits.item() for example in examples]
+    mean = sum((y - n) ** 2 for y, n in zip(said, stars, strict=True)) / 2
+    before = evaluate(model, examples)
+    assert before == {"loss": pytest.approx(mean, rel=1e-4)}
+    fit(model.requires_grad_(True), examples, steps=20, lr=3e-3)
+    assert evaluate(model, examples)["loss"] < 0.9 * before["loss"]
+    model.save_pretrained(house / "stars")
+    words.save_pretrained(house / "stars")
+    again, _ = models.load(house / "stars", head="classification", num_labels=1)
+    assert evaluate(again, examples) == evaluate(model, examples)
+
+
 def test_nothing_is_printed(
     house: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -158,7 +179,19 @@ def test_heads_and_labels_that_do_not_fit(house: Path) -> None:
         ({"head": "classification"}, r"needs num_labels=, or labels="),
         ({"num_labels": 2}, r"head='lm' has no classes"),
         ({"head": "classification", "num_labels": 3, "labels": ["a", "b"]}, r"expected the same number"),
-        ({"head": "classification", "num_labels": 1}, r"at least 2"),
+        (
+            {"head": "classification", "num_labels": 0},
+            r"0 labels.*at least 2, or num_labels=1 for a regression",
+        ),
+        (
+            {"head": "classification", "labels": ["good"]},
+            r"1 label \(labels=\['good'\]\).*at least 2, or num_l",
+        ),
+        ({"head": "classification", "labels": []}, r"0 labels \(labels=\[\]\).*at least 2"),
+        (
+            {"head": "tagging", "num_labels": 1},
+            r"head='tagging' has 1 label \(num_labels=1\), expected at least 2$",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             models.load("tiny-causal", **settings)
