@@ -74,7 +74,7 @@ def run(row: Row, *, rounds: int | None = None, seed: int = 0, device: str = "cp
             return result
         result.difference, result.differs_in = difference(steps["ours"](), steps["peer"]())
         if result.difference <= row.tolerance:
-            _measure(result, steps, rounds or row.rounds)
+            _measure(result, steps, row.rounds if rounds is None else rounds)
     if result.seconds and "resident" in result.goals:
         steps.clear()
         result.bytes["resident"] = {side: resident_growth(row.name, side, seed) for side in ("ours", "peer")}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,19 @@ from torch.utils.data import DataLoader
 from pefttutor.data.targets import IGNORED, predicts_next
 
 MAKE = "Make them with pefttutor.data.encode(split, tokenizer)."
+
+
+def check_counts(**given: int | None) -> None:
+    """Raise ValueError for a setting that isn't a whole number of at least 1; None was not given.
+
+    >>> check_counts(batch_size=8, max_new_tokens=None, max_length=0)
+    Traceback (most recent call last):
+    ValueError: max_length=0, expected a whole number of at least 1
+    """
+    for name, value in given.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):
+            raise ValueError(f"{name}={value!r}, expected a whole number of at least 1")
 
 
 def check_examples(model: nn.Module, examples: Sequence[Any], name: str, *, needs_labels: bool) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pefttutor.data.batches import Collate, Loss, collator
-from pefttutor.data.checks import check_examples
+from pefttutor.data.checks import check_counts, check_examples
 from pefttutor.data.targets import IGNORED, aligned, count_targets, predicts_next
 from pefttutor.data.trial import evaluating, fresh_casts
 
@@ -37,8 +37,9 @@ def evaluate(
     {'loss': 0.693, 'accuracy': 0.5}
 
     Cost: one forward an example; similar lengths share a batch, so little is spent on padding.
-    Raises: ValueError for an empty data set, bad labels, or if no label counts.
+    Raises: ValueError for an empty data set, a batch_size below 1, bad labels, or if no label counts.
     """
+    check_counts(batch_size=batch_size)
     check_examples(model, data, "data", needs_labels=loss is None)
     stack, device = collate or collator(model), next(model.parameters()).device
     order = sorted(range(len(data)), key=lambda i: len(data[i].get("input_ids", ())))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pefttutor.data.batches import collate
+from pefttutor.data.checks import check_counts
 from pefttutor.data.encoding import prompt_ids
 from pefttutor.data.trial import close_enough
 
@@ -40,8 +41,9 @@ def generate(
     >>> generate(*load("campus-nano"), ["The music could not have"], max_new_tokens=2)
     [' been more']
 
-    Raises: ValueError for an empty prompt if the tokenizer has no token to begin with.
+    Raises: ValueError for a number below 1, or an empty prompt if the tokenizer has no token to begin with.
     """
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length)
     ends = _ends(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None and i >= 0), 0)
     make = partial(

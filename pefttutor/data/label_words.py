@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pefttutor.data.batches import collate
+from pefttutor.data.checks import check_counts
 from pefttutor.data.encoding import split_ids
 from pefttutor.data.generation import begun
 from pefttutor.data.targets import IGNORED, aligned
@@ -37,8 +38,9 @@ def likeliest(
     >>> likeliest(*load("campus-nano"), prompts, words, batch_size=2, max_length=16)
     [0, 1]
 
-    Raises: ValueError for a word of which the tokenizer leaves nothing.
+    Raises: ValueError for a word of which the tokenizer leaves nothing, and one that leaves no room for a prompt.
     """
+    check_counts(batch_size=batch_size, max_length=max_length)
     groups: dict[tuple[tuple[int, ...], ...], list[tuple[int, list[int]]]] = defaultdict(list)
     for i, prompt in enumerate(prompts):  # in practice all prompts share the words' tokens
         ids, behind = split_ids(tokenizer, prompt, words)
@@ -48,7 +50,13 @@ def likeliest(
     chosen = [0] * len(prompts)
     for answers, members in groups.items():
         members.sort(key=lambda member: len(member[1]))
-        room = max_length - max(map(len, answers))
+        longest = max(map(len, answers))
+        if (room := max_length - longest) < 1:
+            word = words[[*map(len, answers)].index(longest)]
+            raise ValueError(
+                f"max_length={max_length}, and the label {word!r} takes {longest} tokens; expected at least "
+                f"{longest + 1}, so that there is a prompt before it"
+            )
         cut = [ids[-room:] for _, ids in members]
         means = _continued if _goes_on(model, tokenizer, [cut[0], cut[-1]], answers) else _read_again
         for start in range(0, len(cut), batch_size):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pefttutor.data.checks import check_counts
 from pefttutor.data.encoding import answer_ids, encode
 from pefttutor.data.evaluation import evaluate
 from pefttutor.data.generation import generate, speaks
@@ -46,8 +47,9 @@ def score(
     limit: only the first rows. max_new_tokens: None allows what the longest answer of the split takes.
     The model's mode is kept, and no random number is drawn.
 
-    Raises: ValueError for an empty split, an unknown metric, or a model that can't do the task.
+    Raises: ValueError for an empty split, an unknown metric, a number below 1, or a model that can't do the task.
     """
+    check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length)
     rows = [split[i] for i in range(len(split) if limit is None else min(limit, len(split)))]
     if not rows:
         raise ValueError(f"nothing to score: the split has {len(split)} rows and limit={limit}")
@@ -74,10 +76,10 @@ def score(
             )
             right = [k == int(row["label"]) for k, row in zip(chosen, rows, strict=True)]
         else:
+            enough = _longest(tokenizer, rows, info.metric) if max_new_tokens is None else max_new_tokens
             answers = generate(
-                model, tokenizer, prompts, batch_size=batch_size, max_length=max_length,
-                max_new_tokens=max_new_tokens or _longest(tokenizer, rows, info.metric),
-            )  # fmt: skip
+                model, tokenizer, prompts, max_new_tokens=enough, batch_size=batch_size, max_length=max_length
+            )
             right = [_is_right(answer, row, info) for answer, row in zip(answers, rows, strict=True)]
         return sum(right) / len(right)
 

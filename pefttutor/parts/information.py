@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pefttutor.data.batches import Collate, collator
+from pefttutor.data.checks import check_counts
 from pefttutor.data.evaluation import evaluating
 from pefttutor.data.targets import aligned, count_targets, predicts_next
 from pefttutor.kernels.fisher import add_squared_gradients, check_finite, no_squares
@@ -99,6 +100,7 @@ def total_gradient(
 
     With log_likelihood, as in `fisher_information`, that of −log p(y | x), averaged over the examples.
     """
+    check_counts(batch_size=batch_size)
     stack, device = collate or collator(model), next(model.parameters()).device
     before = [(p, p.grad) for p in model.parameters()]
     counted = 0

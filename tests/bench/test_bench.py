@@ -305,3 +305,11 @@ def test_a_row_has_its_own_number_of_threads(set_threads):
     run(Row(name="r", work="w", peer="p", build=build, threads=2, rounds=1))
     assert set(seen) == {2}
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_rounds_are_taken_as_given(wrong):
+    with pytest.raises(ValueError, match=f"rounds is {wrong}, expected at least 1"):
+        run(row(), rounds=wrong)
+    assert run(row(), rounds=2).rounds == 2
+    assert run(row()).rounds == 3

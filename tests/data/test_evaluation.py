@@ -132,3 +132,9 @@ def test_padding_on_the_left_can_be_asked_for() -> None:
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     found = evaluate(model, rows, collate=collator(model, side="left"))
     assert found["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_a_batch_below_one_is_refused(wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"^batch_size={wrong}, expected a whole number of at least 1"):
+        evaluate(llama(), language_examples(4), batch_size=wrong)

@@ -108,3 +108,11 @@ def test_an_empty_prompt(begins: bool) -> None:
             ValueError, match="a prompt is empty, and the tokenizer has neither bos_token nor eos_token"
         ):
             generate(model, words, [""], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True])
+@pytest.mark.parametrize("name", ["max_length", "max_new_tokens", "batch_size"])
+def test_a_count_below_one_is_refused(name: str, wrong: Any) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 2, name: wrong}
+    with pytest.raises(ValueError, match=f"^{name}={wrong}, expected a whole number of at least 1"):
+        generate(llama(), TOKENIZER, ["The baker", "A day"], **settings)

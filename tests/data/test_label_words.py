@@ -71,3 +71,24 @@ def test_label_words_are_what_the_joined_text_gives(kind: str, prompt: str) -> N
 def test_a_label_without_a_token_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the label '\\u200b' has no token"):
         likeliest(llama(), like_bert(), ["Answer:"], ("yes", "\u200b"), batch_size=1, max_length=64)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("batch_size", 0), ("batch_size", -1), ("max_length", 0)])
+def test_a_count_below_one_is_refused(name: str, wrong: int) -> None:
+    settings = {"batch_size": 1, "max_length": 64, name: wrong}
+    with pytest.raises(ValueError, match=f"^{name}={wrong}, expected a whole number of at least 1"):
+        likeliest(llama(), TOKENIZER, ["Answer:"], (" yes", " no"), **settings)
+
+
+def test_words_that_leave_a_prompt_no_room_are_refused() -> None:
+    words = (" yes", " the good bread")
+    longest = len(TOKENIZER(words[1], add_special_tokens=False)["input_ids"])
+    assert longest > 1
+    for length in (1, longest):
+        with pytest.raises(ValueError, match=rf"max_length={length}, .*' the good bread' takes {longest} tokens; "
+                           rf"expected at least {longest + 1}"):  # fmt: skip
+            likeliest(llama(), TOKENIZER, ["The baker:"], words, batch_size=1, max_length=length)
+    model, last = llama(initializer_range=0.3), TOKENIZER("The baker:")["input_ids"][-1:]
+    means = [mean_log(model, last, TOKENIZER(word, add_special_tokens=False)["input_ids"]) for word in words]
+    found = likeliest(model, TOKENIZER, ["The baker:"], words, batch_size=1, max_length=longest + 1)
+    assert found == [means.index(max(means))]

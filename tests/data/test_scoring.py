@@ -110,6 +110,23 @@ def test_perplexity_is_that_of_the_losses_of_single_texts() -> None:
     )
 
 
+@pytest.mark.parametrize("info", [MOOD, REPEAT, TaskInfo(name="x", kind="generation", metric="perplexity")])
+@pytest.mark.parametrize("wrong", [0, -1])
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "batch_size"])
+def test_a_count_below_one_is_refused(name: str, wrong: int, info: TaskInfo) -> None:
+    rows = [{**row, "label": 0} for row in ANSWERS]
+    with pytest.raises(ValueError, match=f"^{name}={wrong}, expected a whole number of at least 1"):
+        score(llama(), TOKENIZER, rows, info, **{name: wrong})  # type: ignore[arg-type]
+
+
+def test_max_new_tokens_is_taken_as_given() -> None:
+    model = llama(hidden_size=32)
+    fit(model, encode(ANSWERS, TOKENIZER), steps=80, lr=1e-2, schedule="constant")
+    one = [len(TOKENIZER(row["answer"], add_special_tokens=False)["input_ids"]) == 1 for row in ANSWERS]
+    assert 0 < sum(one) < len(ANSWERS)
+    assert score(model, TOKENIZER, ANSWERS, REPEAT, max_new_tokens=1) == sum(one) / len(ANSWERS)
+
+
 def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match=r"nothing to score: the split has 0 rows"):
         score(llama(), TOKENIZER, [], MOOD)

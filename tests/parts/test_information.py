@@ -224,3 +224,9 @@ def test_memory_is_the_result_and_max_bytes_however_many_batches(threads):
 
     assert peak(max_bytes=1 << 14) < 1.2 * weight
     assert 1.9 * weight < peak() < 2.3 * weight
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_the_total_gradient_has_batches_of_one_or_more(wrong):
+    with pytest.raises(ValueError, match=f"^batch_size={wrong}, expected a whole number of at least 1"):
+        total_gradient(llama_classifier(), class_examples(3), batch_size=wrong)
