@@ -67,10 +67,8 @@ def _causal_body(model: Any, tokens: Tensor) -> Any:
     if body is not model and tied and int(tokens.max()) < len(model.get_input_embeddings().weight):
         other = torch.cat([tokens[:-1], tokens[1:2]])
         with evaluating(model), fresh_casts():
-            states = [_read(body, {"input_ids": ids[None]}) for ids in (tokens, other)]
-        if torch.allclose(*(s[:, :-1] for s in states), atol=1e-4) and not torch.equal(
-            *(s[:, -1] for s in states)
-        ):
+            one, two = (_read(body, {"input_ids": ids[None]}) for ids in (tokens, other))
+        if torch.allclose(one[:, :-1], two[:, :-1], atol=1e-4) and not torch.equal(one[:, -1], two[:, -1]):
             return body  # what comes later is not seen earlier
     raise ValueError(
         f"{type(model).__name__} can't be asked for the next word; expected a causal language model, or a classifier "
