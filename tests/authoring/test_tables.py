@@ -30,7 +30,11 @@ def test_a_run_is_trained_once_and_stands_in_the_file_at_once(tmp_path):
     train, path = Trained(2), tmp_path / "try.jsonl"
     opened = table(path, train)
     first = opened["a", 1, 0]
-    assert opened["a", 1, 0] == first == {"way": "a", "lr": 1, "seed": 0, "validation": 0.0, "test": 0.333333}
+    assert (
+        opened["a", 1, 0]
+        == first
+        == {"way": "a", "lr": 1, "seed": 0, "validation": 0.0, "test": 0.333333, "seconds": 0.0}
+    )
     assert [json.loads(line) for line in path.read_text().splitlines()] == [HEADER, first]
     again = table(path, train)
     assert again["a", 1, 0] == first
@@ -98,12 +102,45 @@ def test_of_equal_rates_the_lesson_takes_the_one_that_the_script_took():
 
 
 @pytest.mark.parametrize(
-    ("file", "what"), [("lessons/99/try.py", "script"), ("models/m/model.safetensors", "model")]
+    ("file", "what"),
+    [
+        ("lessons/99/try.py", "script"),
+        ("models/m/model.safetensors", "model"),
+        ("tasks/t/task.json", "task t"),
+    ],
 )
-def test_a_table_of_another_script_or_model_is_refused(lesson, file, what):
-    (lesson / file).write_bytes(b"changed")
+def test_a_table_of_another_script_model_or_task_is_refused(lesson, file, what):
+    (lesson / file).write_bytes(b'{"fingerprint": "changed"}')
     with pytest.raises(ValueError, match=rf"another {what} .*run python data/lessons/99/try\.py"):
         runs.read("99/try.jsonl")
+
+
+def test_a_table_that_was_never_trained_is_refused(lesson):
+    (lesson / "lessons/99/try.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has not been trained; run python data/lessons/99/try\.py"):
+        runs.read("99/try.jsonl")
+
+
+def test_a_table_that_was_stopped_is_refused(lesson):
+    header, rows = runs.read("99/try.jsonl")
+    rows = [row for row in rows if (row["way"], row["seed"]) != ("b", 1)]
+    with pytest.raises(
+        ValueError, match=r"\('b',\) at lr=2 lacks the seeds \[1\]; run .*try\.py, which goes on"
+    ):
+        runs.best(header, rows)
+
+
+def test_the_rates_that_were_tried_can_be_read(lesson):
+    found = runs.searched(*runs.read("99/try.jsonl"))
+    assert {case: list(tried) for case, tried in found.items()} == {("a",): [1, 2, 3], ("b",): [1, 2, 3]}
+    assert found["a",][2] == pytest.approx(1.0075)
+
+
+def test_rows_stand_in_the_order_of_the_cases(lesson):
+    _, rows = runs.read("99/try.jsonl")
+    keys = [(row["way"], row["lr"], row["seed"]) for row in rows]
+    order = {seed: i for i, seed in enumerate((7, 8, 0, 1))}
+    assert keys == sorted(keys, key=lambda key: (key[0], key[1], order[key[2]]))
 
 
 def test_a_seed_draws_the_same_examples_and_another_draws_others():

@@ -1,0 +1,222 @@
+"""Training the runs of a table: each once, the learning rate of each case searched, several at a time.
+
+A table is a file of JSON lines: a header (the command, sha256 of script and model, fingerprints of the tasks, settings,
+versions), then one run a line, written as soon as it is trained. So a script that was stopped goes on where it was, and
+one that was changed starts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from pefttutor.models.carriers import root
+from pefttutor.saving.files import write_atomically
+
+__all__ = ["Row", "Table", "compare", "digests", "each", "provenance"]
+
+Row = dict[str, Any]
+Train = Callable[..., Mapping[str, float]]
+PROCESSES = (
+    "PEFTTUTOR_PROCESSES"  # runs trained at a time; without it as many as there are cores, at most two
+)
+
+
+def digests(script: Path, model: str, tasks: Iterable[str]) -> Row:
+    """What a table stands on: sha256 of its script and of the model's weights, and the fingerprint of each task."""
+    about = {task: root() / "tasks" / task / "task.json" for task in tasks}
+    return {
+        "script_sha256": _sha256(script),
+        "model_sha256": _sha256(root() / "models" / model / "model.safetensors"),
+        "tasks": {task: json.loads(path.read_text())["fingerprint"] for task, path in about.items()},
+    }
+
+
+def provenance(script: Path, *, model: str, tasks: Sequence[str], **settings: Any) -> Row:
+    """The header of the table that `script`, in its lesson's folder of data/lessons, makes with an embedded model.
+
+    >>> script = root() / "lessons" / "09" / "compare_masks.py"
+    >>> provenance(script, model="campus-nano", tasks=("sentiment",), steps=200)["command"]
+    'python data/lessons/09/compare_masks.py'
+    """
+    found = digests(script, model, tasks)
+    return {
+        "command": f"python data/lessons/{script.parent.name}/{script.name}",
+        "script_sha256": found["script_sha256"],
+        "model": model,
+        "model_sha256": found["model_sha256"],
+        "tasks": found["tasks"],
+        **settings,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "pefttutor")},
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Table:
+    """The runs of `train`, by their arguments: what isn't in the file is trained when it is asked for.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     row = Table(Path(folder, "try.jsonl"), {}, ("lr", "seed"), lambda lr, seed: {"validation": 1 - lr})[0.1, 0]
+    >>> row
+    {'lr': 0.1, 'seed': 0, 'validation': 0.9, 'seconds': 0.0}
+
+    path: the file, whose rows are kept if its header is this one. columns: the names of train's arguments.
+    train(*key) → {name: number}, rounded to six digits. Beside it stands how many seconds it took.
+    """
+
+    def __init__(self, path: Path, header: Row, columns: Sequence[str], train: Train) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        header = json.loads(json.dumps(header))  # as a file gives it back: names are strings, tuples lists
+        self.path, self.columns, self.train, self.header = path, tuple(columns), train, json.dumps(header)
+        kept = [json.loads(line) for line in lines[1:]] if lines and json.loads(lines[0]) == header else []
+        self.rows = {tuple(row[name] for name in self.columns): row for row in kept}
+        self._writing = Lock()
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Row:
+        if key not in self.rows:
+            start = time.perf_counter()
+            scores = {name: round(value, 6) for name, value in self.train(*key).items()}
+            scores.setdefault("seconds", round(time.perf_counter() - start, 1))
+            with self._writing:
+                self.rows[key] = dict(zip(self.columns, key, strict=True)) | scores
+                self._write()
+            print(json.dumps(self.rows[key]), file=sys.stderr, flush=True)
+        return self.rows[key]
+
+    def _write(self) -> None:
+        write_atomically(self.path, "\n".join([self.header, *map(json.dumps, self.rows.values())]) + "\n")
+
+    def sort(self, keys: Iterable[tuple[Any, ...]]) -> None:
+        """Write the rows in the order of these keys, whichever was trained first."""
+        order = {key: i for i, key in enumerate(keys)}
+        self.rows = dict(sorted(self.rows.items(), key=lambda item: order[item[0]]))
+        self._write()
+
+    def best_rate(
+        self, case: tuple[Any, ...], rates: Sequence[float], window: tuple[float, float], seeds: Sequence[int]
+    ) -> float:
+        """The learning rate with the best mean validation over the seeds; the smaller one if two are equal.
+
+        window: the first and the last of `rates` to try; widened as long as the best lies at its edge.
+        """
+        low, high = (rates.index(rate) for rate in window)
+        while True:
+            sums = [
+                sum(self[*case, rate, seed]["validation"] for seed in seeds) for rate in rates[low : high + 1]
+            ]
+            highest = low + sums.index(max(sums))
+            if highest == low > 0:
+                low -= 1
+            elif highest == high < len(rates) - 1:
+                high += 1
+            else:
+                return rates[highest]
+
+
+# ---- several at a time
+
+
+class _Timed:
+    """`train`, with the seconds that it took where it ran."""
+
+    def __init__(self, train: Train) -> None:
+        self.train = train
+
+    def __call__(self, *key: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        return dict(self.train(*key)) | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _processes() -> int:
+    asked = os.environ.get(PROCESSES, "")
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise ValueError(f"{PROCESSES}={asked!r}; expected how many runs to train at a time, such as 2")
+    return int(asked) if asked else min(2, os.cpu_count() or 1)
+
+
+@contextmanager
+def _workers(train: Train) -> Iterator[tuple[Train, int]]:
+    """Something to call like `train` from as many threads as processes work behind it, each on one core."""
+    count = _processes()
+    if (
+        count == 1 or getattr(sys.modules.get("__main__"), "train", None) is not train
+    ):  # not what a process can find
+        torch.set_num_threads(1)
+        yield _Timed(train), 1
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
+    pool = ProcessPoolExecutor(count, context, torch.set_num_threads, (1,))
+    try:
+        yield lambda *key: pool.submit(_Timed(train), *key).result(), count
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def compare(
+    script: Path | str,
+    train: Train,
+    cases: Mapping[tuple[Any, ...], tuple[float, float]],
+    *,
+    columns: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    search_seeds: Sequence[int],
+    model: str,
+    tasks: Sequence[str],
+    **settings: Any,
+) -> None:
+    """Run every case at its own learning rate with every seed; the table stands beside the script, as its name.jsonl.
+
+        compare(__file__, train, {("LoRA", 8): (1e-3, 1e-2)}, columns=("method", "r"), rates=RATES, seeds=range(5), …)
+
+    train(*case, lr, seed) → {"validation": share, "test": share}. cases: each with the window of rates to try first.
+    columns: the names of a case's parts. The search looks at validation and search_seeds only. If the script itself
+    defines `train`, two processes work side by side (PEFTTUTOR_PROCESSES), each on one core.
+    """
+    settings |= {"seeds": list(seeds), "search_seeds": list(search_seeds)}
+    header = provenance(Path(script), model=model, tasks=tasks, **settings)
+
+    def finish(case: tuple[Any, ...]) -> None:
+        rate = table.best_rate(case, rates, cases[case], search_seeds)
+        for seed in seeds:
+            table[*case, rate, seed]
+
+    with _workers(train) as (run, count), ThreadPoolExecutor(count) as threads:
+        table = Table(Path(script).with_suffix(".jsonl"), header, (*columns, "lr", "seed"), run)
+        list(threads.map(finish, cases))
+    everyone = dict.fromkeys([*search_seeds, *seeds])
+    table.sort((*case, rate, seed) for case in cases for rate in rates for seed in everyone)
+
+
+def each(
+    script: Path | str,
+    train: Train,
+    keys: Sequence[tuple[Any, ...]],
+    *,
+    columns: Sequence[str],
+    **header: Any,
+) -> None:
+    """Run every key once, without a search: train(*key) → {name: number}. header: model, tasks and settings."""
+    with _workers(train) as (run, count), ThreadPoolExecutor(count) as threads:
+        table = Table(Path(script).with_suffix(".jsonl"), provenance(Path(script), **header), columns, run)
+        list(threads.map(table.__getitem__, keys))
+    table.sort(keys)
