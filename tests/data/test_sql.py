@@ -47,6 +47,11 @@ def bank(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         ("", "SELECT owner FROM accounts WHERE 0", False),
         ("-- nothing", "SELECT owner FROM accounts WHERE 0", False),
         ("SELECT 1; SELECT 2", "SELECT 1", False),
+        ("SELECT 1\0", "SELECT 1", False),
+        ("SELECT '\ud800'", "SELECT 1", False),
+        ("SELECT 1.0000004", "SELECT 1", True),  # to six decimals, however large the number
+        ("SELECT 1234567.8", "SELECT 1234567.9", False),
+        ("SELECT 0.0000004", "SELECT 0", True),
     ],
 )
 def test_same_result(bank: Path, predicted: str, expected: str, same: bool) -> None:
@@ -83,6 +88,14 @@ def test_an_expected_query_that_fails_is_an_error_of_the_data(bank: Path) -> Non
         ValueError, match=r"the expected query fails on bank\.\w+ .*no such table: loans.*FROM loans"
     ):
         sql.same_result("SELECT 1", "SELECT * FROM loans", bank)
+
+
+@pytest.mark.parametrize("query", ["SELECT 1; SELECT 2", "SELECT 1\0", "SELECT '\ud800'", ""])
+def test_an_expected_text_that_is_no_query_is_an_error_of_the_data_too(bank: Path, query: str) -> None:
+    with pytest.raises(sqlite3.Error):
+        sql.rows(query, bank)
+    with pytest.raises(ValueError, match=r"the expected query fails on bank\.\w+ "):
+        sql.same_result("SELECT 1", query, bank)
 
 
 @pytest.mark.parametrize(
