@@ -82,13 +82,18 @@ def load(name: str | Path, *, n: int | None = None) -> Any:
 
     Columns: text, label, prompt, answer (classification); prompt, answer (generation); tokens, tags (tagging).
     Everything is read into memory; no cache is written.
-    Raises: FileNotFoundError, with every way to get one, when there is no such task; ValueError for another n or a
-        file that can't be read.
+    Raises: FileNotFoundError, with every way to get one, when there is no such task; ValueError for another n, a task
+        that has no such part, or a file that can't be read.
     """
     if n is not None and n not in SMALL:
         raise ValueError(f"n={n}, expected one of {', '.join(map(str, SMALL))}, or None for all")
     splits, folder = _splits(str(name))
     if n is not None:
+        if "train" not in splits:
+            raise ValueError(
+                f"n={n} takes a part of the split train, and {name!r} has only {', '.join(splits)}; load it without n, "
+                "and select(range(…)) from one of these"
+            )
         train = splits["train"]
         if len(train) < n:
             raise ValueError(f"n={n}, but the training split of {name!r} has only {len(train)} examples")
@@ -143,7 +148,13 @@ def _read(paths: list[Path], described: TaskInfo | None) -> Any:
 def _subset(folder: Path | None, examples: int, n: int) -> list[int]:
     """The fixed indices of a small-data version: stored with an embedded task, else drawn from seed 0."""
     if folder is not None and (folder / "subsets.json").is_file():
-        return json.loads((folder / "subsets.json").read_text())[str(n)]
+        stored = json.loads((folder / "subsets.json").read_text())
+        if str(n) not in stored:
+            raise ValueError(
+                f"{folder / 'subsets.json'} has the sizes {', '.join(stored)}, and n={n} is none of them; add its "
+                "indices there, or remove the file: then they are drawn"
+            )
+        return stored[str(n)]
     return torch.randperm(examples, generator=torch.Generator().manual_seed(0))[:n].tolist()
 
 

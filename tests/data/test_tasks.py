@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from datasets import ClassLabel
+from datasets import ClassLabel, DatasetDict
 from pyarrow import parquet
 
 from pefttutor import data
@@ -107,6 +107,25 @@ def test_a_local_folder_and_parts_of_a_split(house: Path) -> None:
     sixteen = data.load(folder, n=16)["train"]["text"]
     assert len(sixteen) == 16
     assert sixteen == data.load(folder, n=16)["train"]["text"]
+
+
+def test_a_small_part_of_what_has_no_training_split(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = data.load("mood")
+    found = DatasetDict({"validation": splits["validation"], "test": splits["test"]})
+    monkeypatch.setattr("datasets.load_dataset", lambda name: found)
+    assert data.load("owner/exam") == found
+    with pytest.raises(
+        ValueError, match=r"n=16 .* of the split train, and 'owner/exam' has only validation, test"
+    ):
+        data.load("owner/exam", n=16)
+
+
+def test_stored_indices_of_another_size(house: Path) -> None:
+    path = house / "data" / "tasks" / "mood" / "subsets.json"
+    path.write_text(json.dumps({"16": list(range(16))}))
+    assert len(data.load("mood", n=16)["train"]) == 16
+    with pytest.raises(ValueError, match=r"subsets\.json has the sizes 16, and n=64 is none of them"):
+        data.load("mood", n=64)
 
 
 def test_missing_and_damaged_files(house: Path) -> None:
