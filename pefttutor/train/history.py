@@ -41,7 +41,10 @@ class History:
 
     def __repr__(self) -> str:
         ended = ", interrupted" if self.interrupted else ""
-        return f"History({len(self.steps)} steps{ended})"
+        return f"History({self._length()}{ended})"
+
+    def _length(self) -> str:
+        return f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"
 
     def plot(self) -> Any:
         """Draw loss and learning rate over the steps, and the validation's numbers where there are any.
@@ -77,7 +80,7 @@ class History:
         return [entry["step"] for entry in entries], [entry[name] for entry in entries]
 
     def _alt(self) -> str:
-        text = f"Training loss over {len(self.steps)} steps, from {self.loss[0]:.3g} to {self.loss[-1]:.3g}"
+        text = f"Training loss over {self._length()}, from {self.loss[0]:.3g} to {self.loss[-1]:.3g}"
         losses, accuracies = self._validated("loss")[1], self._validated("accuracy")[1]
         if losses:
             text += f"; validation loss {losses[-1]:.3g} at the end"

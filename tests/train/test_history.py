@@ -24,6 +24,8 @@ def test_fit_records_every_step() -> None:
     assert len(history.loss) == len(history.lr) == len(history.step_s) == 3
     assert all(0 < seconds < 60 for seconds in history.step_s)
     assert repr(history) == "History(3 steps)"
+    assert [repr(History(steps=[1] * n)) for n in (0, 1)] == ["History(0 steps)", "History(1 step)"]
+    assert repr(History(steps=[1], interrupted=True)) == "History(1 step, interrupted)"
 
 
 def test_plot_draws_what_was_recorded() -> None:
@@ -45,6 +47,12 @@ def test_plot_without_validation_shows_the_learning_rate_and_a_metric_alone_is_n
         left, right = history.plot().axes
         assert len(left.lines) == 1
         assert list(right.lines[0].get_ydata()) == [1e-3] * 3
+
+
+def test_plot_of_one_step() -> None:
+    history = History()
+    history.record(loss=2.0, lr=1e-3, step_s=0.01)
+    assert history.plot().alt == "Training loss over 1 step, from 2 to 2."
 
 
 def test_plot_of_nothing() -> None:
