@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pefttutor.data.batches import Example
-from pefttutor.data.targets import IGNORED
 from pefttutor.data.checks import check_counts
+from pefttutor.data.targets import IGNORED
 
 
 def split_ids(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -79,9 +79,9 @@ def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: i
     Shapes: input_ids, attention_mask (seq,); labels (), (seq,) or (classes,).
     Raises: ValueError for an unknown kind, a max_length below 1, or a missing column, with the columns that exist.
     """
+    check_counts(max_length=max_length)
     columns = list(getattr(split, "column_names", None) or (split[0].keys() if len(split) else []))
     if kind is None:
-    check_counts(max_length=max_length)
         kind = _guess_kind(columns)
     encoders = {
         "classification": (_encode_text, ("text", "label")),

@@ -157,6 +157,14 @@ def test_a_word_of_which_nothing_is_left_has_no_label(words: list[str], left: li
     assert len(example["labels"]) == len(example["input_ids"])
 
 
+@pytest.mark.parametrize("row", [{"text": "A day", "label": 0}, {"prompt": "A day", "answer": " yes"},
+                                 {"tokens": ["A", "day"], "tags": [0, 1]}])  # fmt: skip
+@pytest.mark.parametrize("wrong", [0, -3])
+def test_a_length_below_one_is_refused(row: dict[str, Any], wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"^max_length={wrong}, expected a whole number of at least 1"):
+        encode([row], TOKENIZER, max_length=wrong)
+
+
 def test_encode_refuses_what_it_cannot_do() -> None:
     with pytest.raises(
         ValueError, match=r"kind='images' is unknown; expected one of classification, generation"
@@ -188,14 +196,6 @@ def test_collate_pads_each_key_its_own_way() -> None:
     for no_token in (None, -1):
         assert collate(rows, no_token)["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     with pytest.raises(ValueError, match="side='top' is unknown"):
-@pytest.mark.parametrize("row", [{"text": "A day", "label": 0}, {"prompt": "A day", "answer": " yes"},
-                                 {"tokens": ["A", "day"], "tags": [0, 1]}])  # fmt: skip
-@pytest.mark.parametrize("wrong", [0, -3])
-def test_a_length_below_one_is_refused(row: dict[str, Any], wrong: int) -> None:
-    with pytest.raises(ValueError, match=f"^max_length={wrong}, expected a whole number of at least 1"):
-        encode([row], TOKENIZER, max_length=wrong)
-
-
         collate(rows, side="top")
     with pytest.raises(ValueError, match="all examples need the same keys"):
         collate([rows[0], {"input_ids": torch.tensor([1])}])
