@@ -77,7 +77,8 @@ def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: i
     generation. What is longer than `max_length` loses the end of a text but the start of a prompt.
 
     Shapes: input_ids, attention_mask (seq,); labels (), (seq,) or (classes,).
-    Raises: ValueError for an unknown kind, a max_length below 1, or a missing column, with the columns that exist.
+    Raises: ValueError for an unknown kind, a max_length below 1, a missing column, with the columns that exist, or a
+        token that belongs to two tagged words.
     """
     check_counts(max_length=max_length)
     columns = list(getattr(split, "column_names", None) or (split[0].keys() if len(split) else []))
@@ -131,15 +132,31 @@ def _encode_words(row: dict[str, Any], tokenizer: Any, max_length: int) -> Examp
     words, tags = row["tokens"], row["tags"]
     if len(words) != len(tags):
         raise ValueError(f"a row has {len(words)} tokens but {len(tags)} tags: {words[:5]} …")
-    ids = open_ids(tokenizer, "")  # <s>, where the tokenizer begins a text so
+    parts = [open_ids(tokenizer, " ".join(words[:k])) for k in range(len(words) + 1)]
+    ids, end = parts[-1], len(parts[0])  # of no word at all: <s>, where the tokenizer begins a text so
     labels = [IGNORED] * len(ids)
     for k, tag in enumerate(tags):
-        longer = open_ids(tokenizer, " ".join(words[: k + 1]))
-        if len(longer) > len(ids):  # else nothing is left of the word
-            labels += [IGNORED] * (len(longer) - len(ids) - 1) + [int(tag)]
-        ids = longer
-    labels = labels[: len(ids)]
+        before, end = end, _end_of(parts[k + 1], ids, end, tokenizer)
+        if end < 0:
+            raise ValueError(
+                f"no token of this tokenizer ends where {words[k]!r} ends before {words[k + 1]!r}, so the two can't "
+                "have two tags; expected one that keeps words apart. Take another tokenizer, or make them one word"
+            )
+        if end > before:  # else nothing is left of the word
+            labels[end - 1] = int(tag)
     return _example(ids[:max_length], torch.tensor(labels[:max_length]))
+
+
+def _end_of(part: list[int], ids: list[int], start: int, tokenizer: Any) -> int:
+    """How many of `ids` are the first words, whose tokens alone are `part`; −1 if a token goes on into the next word.
+
+    Alone, the same words may have other tokens: if a blank belongs to the token before it, the last one lacks it.
+    """
+    if ids[: len(part)] == part:
+        return max(start, len(part))
+    spelled = tokenizer.decode(part).strip(" ")
+    ends = (n for n in range(start, len(ids)) if tokenizer.decode(ids[:n]).strip(" ") == spelled)
+    return next(ends, -1)
 
 
 def _example(ids: list[int], labels: Tensor) -> Example:

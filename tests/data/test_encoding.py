@@ -7,7 +7,7 @@ import torch
 
 from pefttutor.data.batches import collate, count_targets, predicts_next
 from pefttutor.data.encoding import answer_ids, encode, prompt_ids
-from tests.data.tokenizers_of_all_kinds import KINDS, like_bert, like_roberta
+from tests.data.tokenizers_of_all_kinds import KINDS, like_bert, like_roberta, with_blanks_behind
 from tests.tiny import bert, llama, llama_classifier, tokenizer
 
 TOKENIZER = tokenizer()
@@ -155,6 +155,27 @@ def test_a_word_of_which_nothing_is_left_has_no_label(words: list[str], left: li
     (example,) = encode([{"tokens": words, "tags": [1, 0, 2, 3]}], like_bert())
     assert example["labels"][example["labels"] != -100].tolist() == left
     assert len(example["labels"]) == len(example["input_ids"])
+
+
+def test_a_blank_that_belongs_to_the_word_before_it_moves_no_tag() -> None:
+    words, tokens = ["the", "unbreakable", "bread", "!"], with_blanks_behind()
+    (example,) = encode([{"tokens": words, "tags": [1, 0, 2, 3]}], tokens)
+    at = (example["labels"] != -100).nonzero().flatten().tolist()
+    assert example["labels"][at].tolist() == [1, 0, 2, 3]
+    ends = [tokens.decode(example["input_ids"][: end + 1]).strip() for end in at]
+    assert ends == ["<s>the", "<s>the unbreakable", "<s>the unbreakable bread", "<s>the unbreakable bread !"]
+
+
+def test_tags_of_words_that_share_a_token_are_refused() -> None:
+    tokens = with_blanks_behind(across=True)
+    words = ["x", "good", "bread", "y", "z"]
+    assert len(tokens("good bread")["input_ids"]) < len(tokens("good")["input_ids"]) + len(
+        tokens("bread", add_special_tokens=False)["input_ids"]
+    )
+    with pytest.raises(
+        ValueError, match=r"no token .* ends where 'good' ends before 'bread'.*expected one that keeps"
+    ):
+        encode([{"tokens": words, "tags": [1, 0, 2, 3, 0]}], tokens)
 
 
 @pytest.mark.parametrize("row", [{"text": "A day", "label": 0}, {"prompt": "A day", "answer": " yes"},

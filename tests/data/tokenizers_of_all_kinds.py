@@ -49,6 +49,15 @@ def like_roberta() -> PreTrainedTokenizerFast:
     return _trained(raw)
 
 
+def with_blanks_behind(*, across: bool = False) -> PreTrainedTokenizerFast:
+    """A blank belongs to the word before it; `across`: tokens go on over it, so that frequent words are one."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.pre_tokenizer = None if across else pre_tokenizers.Split("▁", "merged_with_previous")
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return _trained(raw)
+
+
 def like_bert() -> PreTrainedTokenizerFast:
     """Words and what follows them, in lower case; blanks and what can't be seen are left out."""
     raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
