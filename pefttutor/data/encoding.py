@@ -1,5 +1,6 @@
 """From text to tensors: `encode` the rows of one split."""
 
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -69,7 +70,8 @@ def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: i
 
     classification: `text` → input_ids, attention_mask; labels = the class (a scalar), a number for a regression, or
         a 0 or 1 for each class, where one text may have several.
-    generation (and "lm"): input_ids = prompt + answer + </s>; labels = the same, −100 on the prompt.
+    generation (and "lm"): input_ids = prompt + answer + </s>; labels = the same, −100 on the prompt. An answer that
+        loses its </s> to `max_length` is said in a warning: who learns from it may not learn to stop.
     tagging: `tokens` → input_ids; labels = the tag on each word's last piece, −100 on the others: a causal
         model knows an ending only once it has read it. A word of which the tokenizer leaves nothing has no label.
 
@@ -97,7 +99,10 @@ def encode(split: Any, tokenizer: Any, *, kind: str | None = None, max_length: i
         raise ValueError(
             f"kind={kind!r} needs the columns {', '.join(needed)}; this split has {', '.join(columns)}"
         )
-    return [encoder(row, tokenizer, max_length) for row in split]
+    examples = [encoder(row, tokenizer, max_length) for row in split]
+    if encoder is _encode_prompt:
+        _say_what_lost_its_end(split, examples, tokenizer, max_length)
+    return examples
 
 
 def _guess_kind(columns: Sequence[str]) -> str:
@@ -121,11 +126,27 @@ def _label(value: Any) -> Tensor:
 
 def _encode_prompt(row: dict[str, Any], tokenizer: Any, max_length: int) -> Example:
     prompt, (answer,) = split_ids(tokenizer, row["prompt"], [row["answer"]])
-    if tokenizer.eos_token_id is not None:
-        answer.append(tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id
+    if end is not None:
+        while answer[-1:] == [end]:  # written in the answer, and added by the tokenizer
+            answer.pop()
+        answer.append(end)
     answer = answer[: max_length - 1]  # at least one token must stand before the answer to predict it
     prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
     return _example(prompt + answer, torch.tensor([IGNORED] * len(prompt) + answer))
+
+
+def _say_what_lost_its_end(split: Any, examples: list[Example], tokenizer: Any, max_length: int) -> None:
+    """A piece of running text, which has no prompt, is cut in silence."""
+    end = tokenizer.eos_token_id
+    asked = [example for row, example in zip(split, examples, strict=True) if row["prompt"]]
+    cut = sum(1 for example in asked if end is not None and example["labels"][-1] != end)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(examples)} answers are longer than max_length={max_length} and have lost their end, "
+            f"{tokenizer.eos_token}: a model may not learn from them to stop. Raise max_length, or leave them out.",
+            stacklevel=3,
+        )
 
 
 def _encode_words(row: dict[str, Any], tokenizer: Any, max_length: int) -> Example:

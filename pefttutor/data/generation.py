@@ -12,7 +12,7 @@ from pefttutor.data.checks import check_counts
 from pefttutor.data.encoding import prompt_ids
 from pefttutor.data.trial import close_enough
 
-__all__ = ["begun", "generate", "speaks"]
+__all__ = ["begun", "continued", "ends", "generate", "speaks"]
 
 
 def speaks(model: Any) -> bool:
@@ -26,7 +26,6 @@ def speaks(model: Any) -> bool:
     return can is not None and can() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-@torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32,
     max_length: int = 512,
@@ -43,12 +42,31 @@ def generate(
 
     Raises: ValueError for a number below 1, or an empty prompt if the tokenizer has no token to begin with.
     """
+    found = continued(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in found]
+
+
+@torch.no_grad()
+def continued(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32,
+    max_length: int = 512,
+) -> list[tuple[list[int], bool]]:  # fmt: skip
+    """What `generate` decodes: the new tokens, and whether an end token closed them, which isn't among them.
+
+    >>> from pefttutor.models import load
+    >>> [(len(ids), ended) for ids, ended in continued(*load("campus-nano"), ["The music"], max_new_tokens=2)]
+    [(2, False)]
+
+    Raises: what `generate` raises.
+    """
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length)
-    ends = _ends(model, tokenizer)
-    pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None and i >= 0), 0)
+    closing = ends(model, tokenizer)
+    pad = next((i for i in (tokenizer.pad_token_id, *closing) if i is not None and i >= 0), 0)
     make = partial(
         _made, model, pad, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
-        eos_token_id=ends or None, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=closing or None, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     encoded = [begun(tokenizer, prompt_ids(tokenizer, prompt)[0])[-max_length:] for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
@@ -56,14 +74,14 @@ def generate(
         make, encoded[order[0]], encoded[order[-1]], close_enough(model)
     ):
         batch_size = 1
-    answers = [""] * len(encoded)
+    found: list[tuple[list[int], bool]] = [([], False)] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         made = make([encoded[i] for i in chosen], max_new_tokens=max_new_tokens)
         for i, ids in zip(chosen, made.tolist(), strict=True):
-            stop = next((k for k, token in enumerate(ids) if token in ends), len(ids))
-            answers[i] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-    return answers
+            stop = next((k for k, token in enumerate(ids) if token in closing), len(ids))
+            found[i] = ids[:stop], stop < len(ids)
+    return found
 
 
 def _made(model: Any, pad: int, prompts: Sequence[list[int]], **settings: Any) -> Any:
@@ -122,8 +140,13 @@ def begun(tokenizer: Any, ids: list[int]) -> list[int]:
     return [first]
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer."""
+def ends(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's first, then those of the model's `generation_config`.
+
+    >>> from pefttutor.models import load
+    >>> ends(*load("campus-nano"))
+    [2]
+    """
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = list(own) if isinstance(own, (list, tuple)) else [own]
     return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None))

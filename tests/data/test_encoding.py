@@ -121,8 +121,39 @@ def test_too_long_keeps_the_start_of_a_text_and_the_end_of_a_prompt() -> None:
     (row,) = encode([{"prompt": words + "Answer:", "answer": " yes"}], TOKENIZER, max_length=8)
     assert len(row["input_ids"]) == 8
     assert TOKENIZER.decode(row["input_ids"]).endswith("Answer: yes</s>")
-    (row,) = encode([{"prompt": "Answer:", "answer": words}], TOKENIZER, max_length=8)
+    with pytest.warns(
+        UserWarning, match="1 of 1 answers are longer than max_length=8 and have lost their end, </s>"
+    ):
+        (row,) = encode([{"prompt": "Answer:", "answer": words}], TOKENIZER, max_length=8)
     assert (row["labels"] != -100).tolist() == [False] + [True] * 7  # something is left to predict from
+
+
+def test_running_text_is_cut_in_silence_and_an_answer_that_just_fits_keeps_its_end() -> None:
+    words = "The baker likes the good bread. " * 9
+    (row,) = encode([{"prompt": "", "answer": words}], TOKENIZER, max_length=8)
+    assert len(row["input_ids"]) == 8
+    (whole,) = encode([{"prompt": "Answer:", "answer": " yes"}], TOKENIZER)
+    (row,) = encode(
+        [{"prompt": "Answer:", "answer": " yes"}],
+        TOKENIZER,
+        max_length=1 + int((whole["labels"] != -100).sum()),
+    )
+    assert row["labels"][-1] == TOKENIZER.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_token_is_a_label_once_and_padding_never_one(kind: str) -> None:
+    words = KINDS[kind]()
+    rows = [
+        {"prompt": "Say it: ", "answer": answer} for answer in ("yes", "no", f"yes{words.eos_token or ''}")
+    ]
+    end = words.eos_token_id
+    for pad in {words.pad_token_id, end} - {None}:  # GPT-2's kind pads with its end token
+        for side in ("left", "right"):
+            batch = collate(encode(rows, words), pad, side)
+            assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+            if end is not None:
+                assert (batch["labels"] == end).sum(1).tolist() == [1, 1, 1]
 
 
 def test_tagging_labels_the_last_piece_of_each_word() -> None:
