@@ -34,6 +34,9 @@ BUDGET = dict(examples=1000, epochs=2, batch_size=16)
 EPOCHS = {"entailment": 8, "paraphrase": 24, "question": 4, "instruct": 5, "register": 10, "sorting": 8, "bank_sql": 4, "memory": 60,
           "clinic": 4}  # fmt: skip
 PROBE_LR, FULL_LR = 5e-3, 1e-3
+# Where adapting inside can show what it is good for: examples of each task at which the gap is measured.
+GAPS = {"velan_topic": 256, "verdicts": 256, "guests": 256, "better": 256, "animals": 256, "topic": 64}
+GAP_MODELS, GAP_STEPS, GAP_RATES, SEARCH_SEED = ("campus-nano", "campus-small"), 375, (3e-4, 1e-3, 3e-3), 100
 
 
 def _task(name: str) -> tasks.Task:
@@ -101,6 +104,36 @@ def tuned(task: tasks.Task, seed: int, name: str = TUNED, *, probe: bool = False
     }
 
 
+def _few(name: str, task: tasks.Task, seed: int) -> tuple[nn.Module, object, dict[str, list]]:
+    """A classifier, its tokenizer, and the encoded splits with GAPS' number of training examples, drawn by the seed."""
+    model, tokenizer = models.load(name, head="classification", labels=list(task.labels or ()))
+    splits = data.load(task.name)
+    chosen = random.Random(seed).sample(range(len(splits["train"])), GAPS[task.name])
+    rows = splits["train"].select(chosen), splits["validation"], splits["test"]
+    names = ("train", "validation", "test")
+    return model, tokenizer, {k: data.encode(r, tokenizer) for k, r in zip(names, rows, strict=True)}
+
+
+def converged(name: str, task: tasks.Task, seed: int) -> float:
+    """Accuracy of the frozen model with a head that is trained to the end."""
+    model, _, few = _few(name, task, seed)
+    pt.fit_head(model, few["train"], few["validation"])
+    return pt.evaluate(model, few["test"])["accuracy"]
+
+
+def full(name: str, task: tasks.Task, seed: int, lr: float, split: str = "test") -> float:
+    """Accuracy after full fine-tuning at a learning rate."""
+    model, _, few = _few(name, task, seed)
+    pt.fit(model, few["train"], steps=GAP_STEPS, batch_size=16, lr=lr, seed=seed, progress=False)
+    return pt.evaluate(model, few[split])["accuracy"]
+
+
+def searched(name: str, task: tasks.Task) -> float:
+    """The learning rate of full fine-tuning with the best validation on a seed of its own."""
+    scores = [full(name, task, SEARCH_SEED, lr, "validation") for lr in GAP_RATES]
+    return GAP_RATES[scores.index(max(scores))]
+
+
 def _keys() -> list[str]:
     """Everything that the table needs, as `what/task/model/seed`, quick rows first."""
     scored = [t.name for t in tasks.ALL if t.metric != "perplexity"]
@@ -115,6 +148,12 @@ def _keys() -> list[str]:
         for k in ((0, 4) if s == 0 else (4,))
     ]
     keys += [f"full/{TIMED[1]}/{TIMED[0]}/{s}" for s in SEEDS]
+    for m in GAP_MODELS:
+        for t in GAPS:
+            keys += [
+                f"rate/{t}/{m}/{SEARCH_SEED}",
+                *(f"{what}/{t}/{m}/{s}" for s in SEEDS for what in ("few_head", "few_full")),
+            ]
     return keys + [
         f"domain/{t.name}/{TUNED}/{s}"
         for t in tasks.ALL
@@ -131,6 +170,12 @@ def compute(key: str) -> object:
         return chance(_task(name))
     if what.startswith("shots"):
         return in_context(model, _task(name), int(what[5:]), int(seed))
+    if what == "rate":
+        return searched(model, _task(name))
+    if what == "few_head":
+        return converged(model, _task(name), int(seed))
+    if what == "few_full":
+        return full(model, _task(name), int(seed), stored()[f"rate/{name}/{model}/{SEARCH_SEED}"])
     if what == "domain":
         return _domain(name, model, int(seed))
     return tuned(_task(name), int(seed), model, probe=what == "probe")
@@ -199,6 +244,18 @@ def table() -> str:
             cells += [get("shots0", task.name, model), get("shots4", task.name, model)]
         cells += [get("probe", task.name, TUNED), get("full", task.name, TUNED)]
         lines.append(f"| {task.name} | {task.metric.replace('_', ' ')} | {' | '.join(cells)} |")
+    lines += ["", "| task, examples | " + " | ".join(f"{m[7:]}: converged head | full fine-tuning | rate" for m in GAP_MODELS) + " |",
+              "|---" * (1 + 3 * len(GAP_MODELS)) + "|"]  # fmt: skip
+    for name, n in GAPS.items():
+        cells = [f"{name}, {n}"]
+        for model in GAP_MODELS:
+            rate = found.get(f"rate/{name}/{model}/{SEARCH_SEED}")
+            cells += [
+                get("few_head", name, model),
+                get("few_full", name, model),
+                "–" if rate is None else f"{rate:g}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| model | parameters | perplexity on unseen text of the world |", "|---|---|---|"]
     for name in shipped():
         if (loss := found.get(f"held_out//{name}/0")) is not None:

@@ -55,6 +55,9 @@ STARS = ("one", "two", "three", "four", "five")
 FOLLOWS = ("yes", "maybe", "no")
 SAME = ("different", "same")
 STAY = ("home", "ward")
+BALANCE = ("bad", "mixed", "good")
+PLEASED = ("none", "one", "both")
+HAPPIER = ("first", "second")
 
 
 def _sentiment(rng: random.Random, split: str) -> Example:
@@ -90,6 +93,37 @@ def _clinic(rng: random.Random, split: str) -> Example:
     row, label = domains.clinic_row(rng)
     text = " ".join(f"The {k} is {v}." for k, v in row.items())
     return _classified(text, label, STAY, "{text}\nSend to:") | row
+
+
+def _verdicts(rng: random.Random, split: str) -> Example:
+    """Three judgements in one sentence; the middle class has one or two of each kind."""
+    label = rng.randrange(3)
+    good = {0: [0, 0, 0], 1: rng.sample(rng.choice(([0, 0, 1], [0, 1, 1])), 3), 2: [1, 1, 1]}[label]
+    said = [
+        prose.statement(rng, rng.choice(((-2, -1), (1, 2))[g]), aspect)
+        for g, aspect in zip(good, rng.sample(prose.ASPECTS, 3), strict=True)
+    ]
+    return _classified(f"{_cap(said[0])}, {said[1]} and {said[2]}.", label, BALANCE, "{text}\nIn all:")
+
+
+def _guests(rng: random.Random, split: str) -> Example:
+    label = rng.randrange(3)
+    pleased = {0: [0, 0], 1: rng.sample([0, 1], 2), 2: [1, 1]}[label]
+    first, second = (prose.review(rng, rng.choice(((1, 2), (4, 5))[p])) for p in pleased)
+    return _classified(f"First guest: {first} Second guest: {second}", label, PLEASED, "{text}\nPleased:")
+
+
+def _better(rng: random.Random, split: str) -> Example:
+    first, second = rng.sample(range(1, 6), 2)
+    text = f"First guest: {prose.review(rng, first)} Second guest: {prose.review(rng, second)}"
+    return _classified(text, int(second > first), HAPPIER, "{text}\nThe happier one:")
+
+
+def _animals(rng: random.Random, split: str) -> Example:
+    label = rng.randrange(5)
+    words = rng.sample(lx.ANIMALS, label) + rng.sample(lx.THINGS, rng.choice((5, 6, 7)) - label)
+    rng.shuffle(words)
+    return _classified(" ".join(words), label, tuple(lx.NUMBERS[:5]), "Words: {text}\nAnimals:")
 
 
 def _velan_topic(rng: random.Random, split: str) -> Example:
@@ -297,6 +331,10 @@ ALL: tuple[Task, ...] = (
     Task("bank_sql", "generation", "execution_accuracy", "Questions to a bank's database in SQL, scored by executing them.", _bank_sql, seed=11, sizes=(900, 120, 200)),
     Task("clinic", "classification", "accuracy", "Keep a patient or not? A table's row as text; 4 % of the labels are flipped.", _clinic, STAY, seed=12, ceiling=0.96),
     Task("velan_topic", "classification", "accuracy", "What is a sentence in Velan, an unknown language, about?", _velan_topic, velan.TOPICS, seed=13),
+    Task("verdicts", "classification", "accuracy", "Are three judgements all bad, mixed or all good?", _verdicts, BALANCE, seed=19),
+    Task("guests", "classification", "accuracy", "Two reviews: is none, one or each of the guests pleased?", _guests, PLEASED, seed=20),
+    Task("better", "classification", "accuracy", "Two reviews: which of the guests liked it better?", _better, HAPPIER, seed=21),
+    Task("animals", "classification", "accuracy", "How many of five to seven words are animals?", _animals, tuple(lx.NUMBERS[:5]), seed=22),
     Task("velan_tags", "tagging", "token_accuracy", "Tag each word of a Velan sentence.", _velan_tags, velan.TAGS, seed=14, sizes=(1000, 200, 300)),
     Task("bank_text", "generation", "perplexity", "Banking prose: a domain that pretraining never reads.", _text(domains.bank_text), seed=15, sizes=(1000, 100, 200)),
     Task("clinic_text", "generation", "perplexity", "A clinic's files: a domain that pretraining never reads.", _text(domains.clinic_text), seed=16, sizes=(1000, 100, 200)),
