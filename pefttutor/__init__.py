@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pefttutor.selective import *  # noqa: F403
     from pefttutor.train import History as History
     from pefttutor.train import callback as callback
+    from pefttutor.train import diagnose as diagnose
     from pefttutor.train import evaluate as evaluate
     from pefttutor.train import fit as fit
     from pefttutor.train import fit_head as fit_head
@@ -57,6 +58,7 @@ _FUNCTIONS = {
     "save": "saving.adapters",
     "History": "train",
     "callback": "train",
+    "diagnose": "train",
     "evaluate": "train",
     "fit": "train",
     "fit_head": "train",

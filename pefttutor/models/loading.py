@@ -169,6 +169,8 @@ def _draw_missing(model: nn.Module, missing: set[str], head: str, name: str) -> 
             parameter.copy_(drawn)
         elif key in missing and key.endswith("bias"):
             parameter.zero_()
+    # For `pefttutor.diagnose`: what is still as drawn was never trained.
+    vars(model)["_drawn"] = {key: p.clone() for key, p in model.named_parameters() if key in missing}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pefttutor.parts.checkpointing import open_to_checkpointing
-from pefttutor.parts.fingerprint import describe_base
+from pefttutor.parts.fingerprint import checksum, describe_base
 from pefttutor.parts.part import Part
 from pefttutor.parts.restoring import restored_on_error
 from pefttutor.parts.statistics import hold_statistics
@@ -52,7 +52,8 @@ class Attachment:
     """One method on one model, under a name.
 
     parts: what was put in, in the order in which it acts. active: whether it takes effect. trains: whether it
-    learns while it does. merged: whether it is folded into the weights at the moment.
+    learns while it does. merged: whether it is folded into the weights at the moment. start: the checksums of the
+    parameters that it has added, as they were when it was attached (`parts.movement`).
     """
 
     name: str
@@ -61,6 +62,7 @@ class Attachment:
     active: bool = True
     trains: bool = True
     merged: bool = False
+    start: dict[str, tuple[str, int] | None] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
         """Take another part in."""
@@ -171,6 +173,8 @@ def attaching(model: nn.Module, method: Any, name: str = DEFAULT) -> Iterator[At
         if not any(part.saved() for part in new.parts):
             raise ValueError(f"{type(method).__name__}: nothing is chosen, so nothing would train.")
         check_apart(carried, new)
+        added = [pair for part in new.parts if not part.changed_in_place() for pair in part.saved()]
+        new.start = {key: checksum(tensor) for key, tensor in added}
         vars(model)["_pefttutor"] = Attachments({**carried.by_name, name: new}, carried.base, carried.trained)
         vars(model)["_pefttutor"].apply(model)
         open_to_checkpointing(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pefttutor.data.trial import ordinary, trial
 from pefttutor.parts.part import owners
 
-__all__ = ["check_called", "read_past"]
+__all__ = ["check_called", "own_tokens", "read_past"]
 
 
 def check_called(model: nn.Module, names: Iterable[str]) -> None:
@@ -47,7 +47,7 @@ def read_past(model: nn.Module, weights: Iterable[Tensor]) -> set[int]:
     nothing. Empty for a model that doesn't read tokens, or has no values: there nothing can be seen.
     """
     holders = {id(w): (w, [module for module, _ in owners(model, w)]) for w in weights}
-    tokens = _tokens(model)
+    tokens = own_tokens(model)
     if tokens is None:
         return set()
     called: set[nn.Module] = set()
@@ -87,7 +87,7 @@ def _leading_to_the_output(model: nn.Module, weights: list[Tensor], tokens: dict
             w.requires_grad_(requires_grad)
 
 
-def _tokens(model: nn.Module) -> dict[str, Tensor] | None:
+def own_tokens(model: nn.Module) -> dict[str, Tensor] | None:
     """Three tokens to try the model with; None if it doesn't read tokens, or has no values."""
     try:
         table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_base", "describe_base"]
+__all__ = ["check_base", "checksum", "describe_base", "problems"]
 
 SAMPLES = 8  # values of every tensor; two bases that were trained apart differ in nearly all of them
 
@@ -37,20 +37,46 @@ def check_base(actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, 
     The values may differ by what rounding to the coarser of the two dtypes explains, so an adapter trained on a
     float32 base fits the same base in bfloat16.
     """
-    shared = [(name, expected[name], actual[name]) for name in expected if name in actual]
-    problems = [f"{name} is missing" for name in expected if name not in actual]
-    extra = [name for name in actual if name not in expected and "buffer" not in actual[name]]
-    problems += [f"{name} is too much" for name in extra]  # files of before didn't describe buffers
-    shapes = [(name, was["shape"], now["shape"]) for name, was, now in shared]
-    problems += [f"{name} has the shape {now}, not {was}" for name, was, now in shapes if now != was]
-    if not problems:
-        problems = [f"{name} has other values" for name, was, now in shared if not _close(was, now)]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    found = problems(actual, expected)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"the adapter was trained on another base model. In this one {'; '.join(problems[:3])}{more}. "
+            f"the adapter was trained on another base model. In this one {'; '.join(found[:3])}{more}. "
             "Load the base it was trained on (a head with fresh random weights belongs in modules_to_save)."
         )
+
+
+def problems(actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs, a phrase for each tensor: other names and shapes, or else other values.
+
+    >>> one, other = (describe_base(nn.Linear(2, 1, bias=False), without=()) for _ in range(2))
+    >>> problems(one, one), problems(one, other)
+    ([], ['weight has other values'])
+    """
+    shared = [(name, expected[name], actual[name]) for name in expected if name in actual]
+    found = [f"{name} is missing" for name in expected if name not in actual]
+    extra = [name for name in actual if name not in expected and "buffer" not in actual[name]]
+    found += [f"{name} is too much" for name in extra]  # files of before didn't describe buffers
+    shapes = [(name, was["shape"], now["shape"]) for name, was, now in shared]
+    found += [f"{name} has the shape {now}, not {was}" for name, was, now in shapes if now != was]
+    return found or [f"{name} has other values" for name, was, now in shared if not _close(was, now)]
+
+
+def checksum(tensor: Tensor) -> tuple[str, int] | None:
+    """The dtype, and the sum of all values read as whole numbers: a step that changes a value changes it.
+
+    0 for zeros; None on the meta device.
+
+    >>> checksum(torch.zeros(3)), checksum(torch.tensor([1e-9]))
+    (('float32', 0), ('float32', 814313567))
+
+    Cost: one pass over the tensor. The same on every device.
+    """
+    if tensor.is_meta:
+        return None
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    bits = tensor.detach().flatten().view(whole)
+    return str(tensor.dtype).removeprefix("torch."), int(bits.sum(dtype=torch.int64))
 
 
 def _sample(tensor: Tensor) -> list[float]:
