@@ -128,7 +128,7 @@ def _gradient(model: Any, batches: list[Batch], loss: Loss | None, step: int) ->
     parts = []
     for batch, share in weighted(batches, shifted=predicts_next(model, batches[0])):
         batch = {key: value.to(device) for key, value in batch.items()}
-        part = (loss(model, batch) if loss else model(**batch).loss) * share
+        part = (loss(model, batch) if loss else model(**_with_numbers(model, batch)).loss) * share
         part.backward()
         parts.append(part.detach())
     if not math.isfinite(value := torch.stack(parts).sum().item()):
@@ -149,3 +149,15 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: flo
         )
     optimizer.step()
     torch.clear_autocast_cache()  # inside torch.autocast the next step would see the weights of before, rounded
+
+
+def _with_numbers(model: Any, batch: Batch) -> Batch:
+    """The batch with a regression's labels as floats: torch 2.11 takes no gradient of an error in whole numbers."""
+    config, labels = getattr(model, "config", None), batch.get("labels")
+    one = (
+        type(model).__name__.endswith("ForSequenceClassification")
+        and getattr(config, "num_labels", None) == 1
+    )
+    if labels is None or not (one or getattr(config, "problem_type", None) == "regression"):
+        return batch
+    return batch | {"labels": labels.float()}

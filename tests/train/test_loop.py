@@ -164,6 +164,21 @@ def test_training_learns() -> None:
     assert history.loss[-1] < 0.5 * history.loss[0]
 
 
+@pytest.mark.parametrize("problem", ["regression", None])
+def test_a_regression_is_given_its_whole_numbers_as_floats(problem: str | None) -> None:
+    """Torch 2.11 takes the loss of whole numbers, and then raises in its backward."""
+    model, seen = llama_classifier(num_labels=1, problem_type=problem), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["labels"]), with_kwargs=True
+    )
+    fit(model, class_examples(4), steps=1, batch_size=4)
+    assert [labels.dtype for labels in seen] == [torch.float32]
+    seen.clear()
+    fit(
+        llama_classifier(), class_examples(4), steps=1, batch_size=4
+    )  # classes stay whole numbers, or it would raise
+
+
 def test_any_module_trains_with_its_own_loss() -> None:
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     data = [{"x": row, "y": row @ torch.tensor([1.0, -2.0, 0.5])} for row in x]
