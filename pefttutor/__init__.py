@@ -27,6 +27,7 @@ if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE").upper() == "PASSIVE":
 if TYPE_CHECKING:
     from pefttutor.additive import *  # noqa: F403
     from pefttutor.catalog import methods as methods
+    from pefttutor.diagnosis import diagnose as diagnose
     from pefttutor.lowrank import *  # noqa: F403
     from pefttutor.method import adapted as adapted
     from pefttutor.method import attached as attached
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from pefttutor.selective import *  # noqa: F403
     from pefttutor.train import History as History
     from pefttutor.train import callback as callback
-    from pefttutor.train import diagnose as diagnose
     from pefttutor.train import evaluate as evaluate
     from pefttutor.train import fit as fit
     from pefttutor.train import fit_head as fit_head
@@ -55,10 +55,10 @@ _FUNCTIONS = {
     "CachedPrefix": "parts.cached_prefix",
     "fisher_information": "parts.information",
     "load": "saving.adapters",
+    "diagnose": "diagnosis",
     "save": "saving.adapters",
     "History": "train",
     "callback": "train",
-    "diagnose": "train",
     "evaluate": "train",
     "fit": "train",
     "fit_head": "train",

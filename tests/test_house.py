@@ -29,6 +29,7 @@ MAY_IMPORT = {
     **dict.fromkeys(FAMILIES, "method parts kernels data"),
     "catalog": " ".join(FAMILIES),
     "train": "train method parts kernels data catalog saving.files",
+    "diagnosis": "diagnosis method parts kernels data",
     "saving": "saving method parts kernels data catalog",
     "memory": "memory method parts kernels data catalog train.losses",
     **dict.fromkeys(TOOLS, "everything"),

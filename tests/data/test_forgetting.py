@@ -33,7 +33,9 @@ def test_a_classifier_is_asked_through_its_embeddings(speaker):
     model, words = speaker
     classifier, _ = models.load("campus-nano", head="classification", num_labels=2)
     classifier.train()
-    assert held_out_loss(classifier, words, batch_size=7) == pytest.approx(held_out_loss(model, words), rel=1e-4)
+    assert held_out_loss(classifier, words, batch_size=7) == pytest.approx(
+        held_out_loss(model, words), rel=1e-4
+    )
     assert classifier.training
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pefttutor.diagnosis.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 from pefttutor.parts.attachment import Attachment
 from pefttutor.parts.freezing import Whole
 from pefttutor.parts.layer_change import LayerChange
 from pefttutor.parts.movement import Movement, movements
-from pefttutor.train.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 
 __all__ = ["attached_row", "moved_row", "saved_row"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pefttutor.data.batches import collator
 from pefttutor.data.trial import trial
+from pefttutor.diagnosis.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 from pefttutor.parts.attachment import Attachment
 from pefttutor.parts.called import own_tokens
 from pefttutor.parts.layer_change import LayerChange
 from pefttutor.parts.restoring import restored_on_error
-from pefttutor.train.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 
 __all__ = ["effects", "inputs_of"]
 

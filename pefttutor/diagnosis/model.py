@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.data.stopping import padding_learned
+from pefttutor.diagnosis.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 from pefttutor.parts.attachment import Attachment, Attachments, attachments, base_of
 from pefttutor.parts.fingerprint import problems
 from pefttutor.parts.movement import movements
 from pefttutor.parts.part import Part
-from pefttutor.train.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 
 __all__ = ["finite_row", "flags_row", "frozen_row", "head_rows", "labels_rows", "plain_rows"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pefttutor as pt
-from pefttutor.train.table import Diagnosis, Row
+from pefttutor.diagnosis.table import Diagnosis, Row
 from tests.cases import CANNOT, CASES, attached_to, base_of, batch_of, fresh, loss_of, stacked
 from tests.data.moods import ROWS, TOKENIZER
 from tests.pictures import differences, picture

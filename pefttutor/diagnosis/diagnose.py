@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pefttutor.data.stopping import stops
+from pefttutor.diagnosis.attachment import attached_row, moved_row, saved_row
+from pefttutor.diagnosis.effect import effects, inputs_of
+from pefttutor.diagnosis.model import finite_row, flags_row, frozen_row, head_rows, labels_rows, plain_rows
+from pefttutor.diagnosis.table import LOOK, OK, WRONG, Diagnosis, Row
 from pefttutor.parts.attachment import attachments
-from pefttutor.train.attachment_rows import attached_row, moved_row, saved_row
-from pefttutor.train.effect import effects, inputs_of
-from pefttutor.train.model_rows import finite_row, flags_row, frozen_row, head_rows, labels_rows, plain_rows
-from pefttutor.train.table import LOOK, OK, WRONG, Diagnosis, Row
 
 __all__ = ["Diagnosis", "diagnose"]
 
