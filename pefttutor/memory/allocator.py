@@ -26,7 +26,7 @@ def transient_bytes(step: Callable[[], Any]) -> int:
     step()
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    # There is one cycle only; asked to keep all cycles' events, torch 2.11 doesn't warn that it would drop earlier ones.
+    # There is one cycle only; asked to keep all cycles' events, torch 2.11 doesn't warn that it drops earlier ones.
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         result = step()
         del result
