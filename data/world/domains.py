@@ -2,6 +2,7 @@
 
 import random
 import sqlite3
+from contextlib import closing
 
 from . import lexicon as lx
 from .facts import people
@@ -73,7 +74,7 @@ def bank_question(rng: random.Random) -> tuple[str, str]:
 
 def bank_rows_of(sql: str, script: str) -> list[tuple]:
     """What the query returns on the bank's database."""
-    with sqlite3.connect(":memory:") as connection:
+    with closing(sqlite3.connect(":memory:")) as connection:
         connection.executescript(script)
         return connection.execute(sql).fetchall()
 

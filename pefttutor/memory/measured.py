@@ -144,9 +144,11 @@ def _refuse_hidden_checkpoints(model: nn.Module | None) -> None:
     for module in model.modules() if model is not None else ():
         chosen = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if getattr(module, "gradient_checkpointing", False) and not chosen.get("use_reentrant"):
+            # The switch has had its name since transformers 5.23.
+            named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
             raise ValueError(
                 "this model's gradient checkpointing keeps its inputs where they can't be measured. Call "
-                "model.activation_checkpointing_enable({'use_reentrant': True}): that one can be seen"
+                f"model.{named}_checkpointing_enable({{'use_reentrant': True}}): that one can be seen"
             )
 
 

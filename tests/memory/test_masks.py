@@ -1,11 +1,14 @@
 """Padding, sliding windows, checkpointing, masked words and wide numbers, against measurement."""
 
+import re
+
 import pytest
 import torch
 import transformers as hf
 
 from pefttutor import memory
 from tests.memory.models import KINDS, TARGET_LENGTH, batch_of, config_of, held, method_of, model_of
+from tests.tiny import checkpointed
 
 TEXTS = [kind for kind in KINDS if kind not in ("vit", "bloom")]
 
@@ -94,13 +97,14 @@ def test_float64_of_which_norms_and_loss_take_half(kind, how, attention):
 
 def test_checkpoints_that_keep_their_inputs_out_of_sight_are_refused():
     model, batch = model_of("llama"), batch_of("llama", 2, 24)
-    model.train().activation_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(ValueError, match=r"activation_checkpointing_enable\({'use_reentrant': True}\)"):
+    checkpointed(model.train(), reentrant=False)
+    with pytest.raises(ValueError, match=r"model\.(\w+)\({'use_reentrant': True}\)") as refused:
         memory.measure(lambda: model(**batch).loss.backward(), model=model)
-    model.activation_checkpointing_enable()
+    enable = getattr(model, re.search(r"model\.(\w+)\(", str(refused.value))[1])
+    enable()
     with pytest.raises(ValueError, match="can't be measured"):
         memory.measure(lambda: model(**batch).loss.backward(), model=model)
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    enable({"use_reentrant": True})
     estimated = memory.estimate(model, batch_size=2, sequence_length=24, attention="eager", device="cpu")
     measured = memory.measure(lambda: model(**batch).loss.backward(), model=model)
     assert memory.compare(estimated, measured)["activations"].ratio == pytest.approx(1, abs=0.01)
