@@ -36,6 +36,10 @@ new head is drawn from a fixed seed). In-context rows use the first {limit} test
 {batch_size}, AdamW, learning rate {probe_lr:g} (probe) and {full_lr:g} (full). Each number is in `measurements.json`; a dash stands
 for what has not been measured yet (`python data/build.py --measure` goes on).
 
+So many steps don't train a probe to the end. What the frozen features really tell is in the second table: a converged head
+(`pefttutor.fit_head`, its regularisation chosen on the validation split) beside full fine-tuning ({gap_steps} steps of 16, the best of the
+rates {gap_rates} on the validation split of another seed), on few examples, which a seed draws.
+
 Learning from the context came with base's last stage, in which two documents of three are drills: examples under labels that hold
 in that document only (`world/rules.py`, `drill`). Before it, four examples brought base nothing on sentiment, stars and topic.
 But size counts as well: nano after 600 steps of the same drills (`campus-nano-drilled`, not shipped) went from 70 to 78 % on
@@ -62,6 +66,8 @@ def _readme() -> str:
         tasks=len(tasks.ALL),
         limit=measure.LIMIT,
         probe_lr=measure.PROBE_LR,
+        gap_steps=measure.GAP_STEPS,
+        gap_rates=", ".join(f"{rate:g}" for rate in measure.GAP_RATES),
         full_lr=measure.FULL_LR,
         **measure.BUDGET,
         slower=", ".join(f"{k} {v}" for k, v in measure.EPOCHS.items()),
