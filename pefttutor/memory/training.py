@@ -56,7 +56,7 @@ def estimate(
         that is adapted already is taken as it is. From a config, transformers ties the output head of T5 and MT5 to
         the embedding, which T5 1.1 and mT5 don't; give a model with its own lm_head then.
     method: attached to a copy without values; None trains everything (or what the model trains already). What chooses
-        entries by their values, such as PaFi, then chooses in every tensor by its size, an upper bound (seen: 11 to 21 %
+        entries by their values, such as PaFi, then chooses in every tensor by its size, an upper bound (seen: 11–21 %
         more activations than after attaching); of a model that it is attached to the estimate is exact.
     target_length: tokens of an encoder-decoder's labels (None: as many as sequence_length).
     weight_dtype: the dtype of the base (None: as the model is; float32 for a config). adapter_dtype: None takes what
