@@ -1,7 +1,8 @@
 """One optimizer step on chosen entries, against torch's fused AdamW with a mask on the gradient, and against six
 lines of stock torch: for each tensor a vector of its chosen entries, which torch's fused AdamW trains.
 
-The second peer doesn't look at the tensor before its step: what others change there is lost, where ours follows.
+The second peer doesn't look at the tensor before its step: what others change there is lost, where ours follows
+what autograd has seen.
 The bound gathers and scatters the chosen entries, on all threads, and computes nothing.
 
 State is what the optimizer keeps of each entry. What says which entries train isn't counted: int32 places of ours,
