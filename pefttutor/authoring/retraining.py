@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pefttutor.authoring.runs import digests
-from pefttutor.authoring.tables import best, read
+from pefttutor.authoring.runs import Row
+from pefttutor.authoring.tables import best, changed
 from pefttutor.models.carriers import root
 
 __all__ = ["State", "scripts", "state", "train"]
@@ -63,19 +63,20 @@ def state(script: Path) -> State:
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     took = [row["seconds"] for row in rows if "seconds" in row]
     minutes = sum(took) / len(took) * len(rows) / 60 if took else None
-    why = None
-    try:
-        read(f"{name}.jsonl")
-        if "search_seeds" in header:
-            best(header, rows)
-        elif len(rows) < len(header["seeds"]):
-            why = "stopped before its end"
-    except ValueError as error:
-        now = digests(script, header["model"], header["tasks"])
-        then = {key: header[key] for key in now}
-        changed = [key.removesuffix("_sha256") for key in now if now[key] != then[key]]
-        why = f"made with another {' and another '.join(changed)}" if changed else str(error).split(":")[0]
+    others = changed(script, header)
+    why = f"made with another {' and another '.join(others)}" if others else None
+    if not others and not _complete(header, rows):
+        why = "stopped before its end"
     return State(name, why, len(rows), minutes)
+
+
+def _complete(header: Row, rows: Sequence[Row]) -> bool:
+    if "search_seeds" not in header:
+        return len(rows) >= len(header["seeds"])
+    try:
+        return len(best(header, rows)) > 0
+    except ValueError:
+        return False
 
 
 def train(script: Path) -> float:

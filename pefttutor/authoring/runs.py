@@ -27,7 +27,7 @@ import torch
 from pefttutor.models.carriers import root
 from pefttutor.saving.files import write_atomically
 
-__all__ = ["Row", "Table", "compare", "digests", "each", "provenance"]
+__all__ = ["Row", "Table", "compare", "digests", "provenance"]
 
 Row = dict[str, Any]
 Train = Callable[..., Mapping[str, float]]
@@ -37,12 +37,18 @@ PROCESSES = (
 
 
 def digests(script: Path, model: str, tasks: Iterable[str]) -> Row:
-    """What a table stands on: sha256 of its script and of the model's weights, and the fingerprint of each task."""
+    """What a table stands on: sha256 of its script and of the model's weights, and the fingerprint of each task.
+
+    What isn't there is "missing".
+    """
     about = {task: root() / "tasks" / task / "task.json" for task in tasks}
     return {
         "script_sha256": _sha256(script),
         "model_sha256": _sha256(root() / "models" / model / "model.safetensors"),
-        "tasks": {task: json.loads(path.read_text())["fingerprint"] for task, path in about.items()},
+        "tasks": {
+            task: json.loads(path.read_text())["fingerprint"] if path.exists() else "missing"
+            for task, path in about.items()
+        },
     }
 
 
@@ -67,7 +73,7 @@ def provenance(script: Path, *, model: str, tasks: Sequence[str], **settings: An
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
 
 
 class Table:
@@ -95,9 +101,9 @@ class Table:
         if key not in self.rows:
             start = time.perf_counter()
             scores = {name: round(value, 6) for name, value in self.train(*key).items()}
-            scores.setdefault("seconds", round(time.perf_counter() - start, 1))
+            seconds = round(time.perf_counter() - start, 1)
             with self._writing:
-                self.rows[key] = dict(zip(self.columns, key, strict=True)) | scores
+                self.rows[key] = dict(zip(self.columns, key, strict=True)) | scores | {"seconds": seconds}
                 self._write()
             print(json.dumps(self.rows[key]), file=sys.stderr, flush=True)
         return self.rows[key]
@@ -135,17 +141,6 @@ class Table:
 # ---- several at a time
 
 
-class _Timed:
-    """`train`, with the seconds that it took where it ran."""
-
-    def __init__(self, train: Train) -> None:
-        self.train = train
-
-    def __call__(self, *key: Any) -> dict[str, float]:
-        start = time.perf_counter()
-        return dict(self.train(*key)) | {"seconds": round(time.perf_counter() - start, 1)}
-
-
 def _processes() -> int:
     asked = os.environ.get(PROCESSES, "")
     if asked and not (asked.isdecimal() and int(asked)):
@@ -157,16 +152,15 @@ def _processes() -> int:
 def _workers(train: Train) -> Iterator[tuple[Train, int]]:
     """Something to call like `train` from as many threads as processes work behind it, each on one core."""
     count = _processes()
-    if (
-        count == 1 or getattr(sys.modules.get("__main__"), "train", None) is not train
-    ):  # not what a process can find
+    # Another process finds a function by its name: that of the script itself.
+    if count == 1 or getattr(sys.modules.get("__main__"), "train", None) is not train:
         torch.set_num_threads(1)
-        yield _Timed(train), 1
+        yield train, 1
         return
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
     pool = ProcessPoolExecutor(count, context, torch.set_num_threads, (1,))
     try:
-        yield lambda *key: pool.submit(_Timed(train), *key).result(), count
+        yield lambda *key: pool.submit(train, *key).result(), count
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -205,18 +199,3 @@ def compare(
         list(threads.map(finish, cases))
     everyone = dict.fromkeys([*search_seeds, *seeds])
     table.sort((*case, rate, seed) for case in cases for rate in rates for seed in everyone)
-
-
-def each(
-    script: Path | str,
-    train: Train,
-    keys: Sequence[tuple[Any, ...]],
-    *,
-    columns: Sequence[str],
-    **header: Any,
-) -> None:
-    """Run every key once, without a search: train(*key) → {name: number}. header: model, tasks and settings."""
-    with _workers(train) as (run, count), ThreadPoolExecutor(count) as threads:
-        table = Table(Path(script).with_suffix(".jsonl"), provenance(Path(script), **header), columns, run)
-        list(threads.map(table.__getitem__, keys))
-    table.sort(keys)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pefttutor import data, models
-from pefttutor.authoring.runs import Row, Table, compare, digests, each, provenance
+from pefttutor.authoring.runs import Row, Table, compare, digests, provenance
 from pefttutor.models.carriers import root
 
-__all__ = ["Table", "best", "compare", "drawn", "each", "prepared", "provenance", "read", "searched"]
+__all__ = ["Table", "best", "changed", "compare", "drawn", "prepared", "provenance", "read", "searched"]
 
 
 def read(name: str) -> tuple[Row, list[Row]]:
@@ -34,16 +35,20 @@ def read(name: str) -> tuple[Row, list[Row]]:
         command = f"python data/lessons/{path.parent.name}/{path.stem}.py"
         raise FileNotFoundError(f"{name} has not been trained; run {command}")
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    now = digests(path.with_suffix(".py"), header["model"], header["tasks"])
-    pairs = [(what, header[f"{what}_sha256"], now[f"{what}_sha256"]) for what in ("script", "model")]
-    pairs += [(f"task {task}", then, now["tasks"][task]) for task, then in header["tasks"].items()]
-    for what, then, found in pairs:
-        if then != found:
-            raise ValueError(
-                f"{name} was made with another {what} ({then[:12]}…, now {found[:12]}…); "
-                f"run {header['command']}, or git checkout the {what} that made it"
-            )
+    for what, (then, now) in changed(path.with_suffix(".py"), header).items():
+        raise ValueError(
+            f"{name} was made with another {what} ({then[:12]}…, now {now[:12]}…); "
+            f"run {header['command']}, or git checkout the {what} that made it"
+        )
     return header, rows
+
+
+def changed(script: Path, header: Row) -> dict[str, tuple[str, str]]:
+    """What a table with this header was made with that is another now: digests of then and now, by its name."""
+    now = digests(script, header["model"], header["tasks"])
+    found = {what: (header[f"{what}_sha256"], now[f"{what}_sha256"]) for what in ("script", "model")}
+    found |= {f"task {task}": (then, now["tasks"][task]) for task, then in header["tasks"].items()}
+    return {what: (then, digest) for what, (then, digest) in found.items() if then != digest}
 
 
 def searched(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[float, float]]:

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from pefttutor.data.batches import Collate
 from pefttutor.data.targets import IGNORED, aligned, predicts_next
+from pefttutor.method import attached
 
 __all__ = ["arriving", "output_layer"]
 
@@ -18,17 +19,24 @@ __all__ = ["arriving", "output_layer"]
 def output_layer(model: nn.Module, batch: dict[str, Tensor], name: str | None) -> tuple[str, nn.Linear]:
     """The output layer and its path: the linear layer that is called last, or the named one.
 
-    Raises: ValueError if there is none of that name, or if it shares its weight.
+    Raises: ValueError if there is none of that name, if it shares its weight, or if an attachment has it frozen.
     """
     names = {module: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     called: list[nn.Linear] = []
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("this model has no weights yet (it is on the meta device): load them first")
     hooks = [module.register_forward_hook(lambda module, *_: called.append(module)) for module in names]
     try:
         with torch.no_grad():
-            model(**_moved(model, batch))
+            output = model(**_moved(model, batch))
     finally:
         for hook in hooks:
             hook.remove()
+    if getattr(output, "logits", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits; expected a model with a head, such as one that "
+            "pefttutor.models.load(name, head=…) gives"
+        )
     if not called:
         raise ValueError(f"{type(model).__name__} calls no nn.Linear; fit_head needs one as its output layer")
     if name is not None and name not in names.values():
@@ -41,7 +49,19 @@ def output_layer(model: nn.Module, batch: dict[str, Tensor], name: str | None) -
             f"the head's weight is shared: {' and '.join(map(repr, shared))} are one tensor, and the model would "
             "change below its head; untie it first: head.weight = nn.Parameter(head.weight.detach().clone())"
         )
+    _check_kept(model, layer, names[layer])
     return names[layer], layer
+
+
+def _check_kept(model: nn.Module, layer: nn.Linear, name: str) -> None:
+    """Raise unless what is fitted here comes back with what is attached, whose files know the base as it was."""
+    there = attached(model)
+    parts = [part for a in there.values() if a.active and not a.merged for part in a.parts]
+    if there and not any(tensor is layer.weight for part in parts for _, tensor in part.saved()):
+        raise ValueError(
+            f"{name!r} belongs to the frozen base of {', '.join(map(repr, there))}, and a saved adapter wouldn't bring "
+            f"it back; attach with modules_to_save=({name!r},), or fit the head before attaching"
+        )
 
 
 def _moved(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,7 +96,7 @@ def _features(model: Any, layer: nn.Linear, name: str, batch: dict[str, Tensor])
     hook = layer.register_forward_hook(note)
     try:
         with torch.no_grad():
-            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+            logits = model(**batch).logits
     finally:
         hook.remove()
     x, y = calls[0]

@@ -74,8 +74,8 @@ def fit_head(
     Shapes: features (rows, d), head (classes, d): one row for each label that isn't −100.
     Cost: one forward an example, rows · d numbers of 8 bytes, some 20–200 passes over rows · d · classes a value of l2.
     Raises: ValueError for labels that are no classes, a class that no training example has, features that aren't
-        finite, logits that aren't the head's outputs or a weighted sum of them, a head that shares its weight;
-        RuntimeError if LBFGS doesn't converge.
+        finite, logits that aren't the head's outputs or a weighted sum of them, a head that shares its weight, or that
+        attachments have frozen (name it in modules_to_save); RuntimeError if LBFGS doesn't converge.
     Source: Alain & Bengio 2016, arXiv:1610.01644; Liu & Nocedal 1989 for LBFGS.
     """
     if not l2 or not all(0 < value < float("inf") for value in l2):

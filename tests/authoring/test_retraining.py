@@ -37,15 +37,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def lesson(tmp_path, monkeypatch):
-    """A data folder with a model, a task, and a lesson whose script stops at its first test seed but one."""
-    monkeypatch.setenv("PEFTTUTOR_DATA", str(tmp_path))
-    for folder in ("models/m", "tasks/t", "lessons/99"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "models/m/model.safetensors").write_bytes(b"weights")
-    (tmp_path / "tasks/t/task.json").write_text('{"fingerprint": "f"}')
-    (tmp_path / "lessons/99/try.py").write_text(SCRIPT)
-    return tmp_path / "lessons/99"
+def lesson(data_folder):
+    """A lesson whose script stops at its first test seed but one."""
+    (data_folder / "lessons/99/try.py").write_text(SCRIPT)
+    return data_folder / "lessons/99"
 
 
 def rows(lesson):
@@ -59,7 +54,7 @@ def test_a_stopped_table_is_named_and_goes_on(lesson, capsys):
     assert "ended with status 1; run it again to go on" in capsys.readouterr().err
     before = rows(lesson)
     assert before
-    assert state(scripts()[0]).why == "the table was stopped before its end"
+    assert state(scripts()[0]).why == "stopped before its end"
     (lesson / "go").touch()
     assert command_line.main(["tables", "--train"]) == 0
     after = rows(lesson)
@@ -72,7 +67,7 @@ def test_a_stopped_table_is_named_and_goes_on(lesson, capsys):
     assert "99/try: up to date (18 rows, 0 minutes of one core)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("file", "what"), [("try.py", "script"), ("../../tasks/t/task.json", "tasks")])
+@pytest.mark.parametrize(("file", "what"), [("try.py", "script"), ("../../tasks/t/task.json", "task t")])
 def test_what_a_table_was_made_with_is_named(lesson, file, what):
     from pefttutor.authoring.runs import provenance
 

@@ -64,20 +64,15 @@ def test_of_equal_rates_the_smaller_one_is_taken(tmp_path):
 
 
 @pytest.fixture
-def lesson(tmp_path, monkeypatch):
-    """A data folder with a model, a task and a lesson, whose script has run."""
-    monkeypatch.setenv("PEFTTUTOR_DATA", str(tmp_path))
-    for folder in ("models/m", "tasks/t", "lessons/99"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "models/m/model.safetensors").write_bytes(b"weights")
-    (tmp_path / "tasks/t/task.json").write_text('{"fingerprint": "f"}')
-    script = tmp_path / "lessons/99/try.py"
+def lesson(data_folder):
+    """The data folder with a lesson whose script has run."""
+    script = data_folder / "lessons/99/try.py"
     script.write_text("pass")
     where = {"columns": ["way"], "rates": [1, 2, 3], "model": "m", "tasks": ["t"], "steps": 60}
     runs.compare(
         script, Trained(2), {("a",): (1, 3), ("b",): (1, 2)}, seeds=range(2), search_seeds=[7, 8], **where
     )
-    return tmp_path
+    return data_folder
 
 
 def test_the_lesson_reads_what_the_script_compared(lesson):
@@ -112,6 +107,15 @@ def test_of_equal_rates_the_lesson_takes_the_one_that_the_script_took():
 def test_a_table_of_another_script_model_or_task_is_refused(lesson, file, what):
     (lesson / file).write_bytes(b'{"fingerprint": "changed"}')
     with pytest.raises(ValueError, match=rf"another {what} .*run python data/lessons/99/try\.py"):
+        runs.read("99/try.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("models/m/model.safetensors", "model"), ("tasks/t/task.json", "task t")]
+)
+def test_what_is_missing_is_named(lesson, file, what):
+    (lesson / file).unlink()
+    with pytest.raises(ValueError, match=rf"another {what} \(.*, now missing…\); run python"):
         runs.read("99/try.jsonl")
 
 

@@ -142,6 +142,35 @@ def test_a_tag_for_each_token():
     assert pefttutor.evaluate(model, examples[:15])["accuracy"] > 0.8
 
 
+def test_an_encoder_decoder_is_asked_with_its_labels():
+    model = made(hf.T5ForConditionalGeneration, tiny_config("t5"), spread=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    examples = [e | {"labels": e["input_ids"][:3]} for e in texts(12)]
+    assert fit_head(model, examples, examples).rows == 36
+    assert pefttutor.evaluate(model, examples)["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_an_attachment_saves_comes_back_with_it(dtype, tmp_path):
+    base, validation = llama_classifier().to(dtype), texts(40, seed=1)
+    model = copy.deepcopy(base)
+    pefttutor.LoRA(r=2, target_modules=("q_proj",), modules_to_save=("score",)).attach(model)
+    fit_head(model, texts(60), validation)
+    fitted = pefttutor.evaluate(model, validation)
+    pefttutor.save(model, tmp_path)
+    assert pefttutor.evaluate(pefttutor.load(copy.deepcopy(base), tmp_path), validation) == fitted
+    pefttutor.detach(model)
+    assert torch.equal(model.score.weight, base.score.weight)
+
+
+def test_autocast_outside_changes_the_features_only_by_their_rounding():
+    one, two = llama_classifier(), llama_classifier()
+    fit_head(one, texts(60), texts(40, seed=1), l2=[0.1, 1.0, 10.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fit_head(two, texts(60), texts(40, seed=1), l2=[0.1, 1.0, 10.0])
+    torch.testing.assert_close(one.score.weight, two.score.weight, rtol=0.05, atol=0.02)
+
+
 # ---- refused, and the model is as it was
 
 
@@ -173,6 +202,30 @@ def regression(model):
     return fit_head(model, examples, examples)
 
 
+def frozen(model):
+    pefttutor.LoRA(r=2, target_modules=("q_proj",)).attach(model)
+    return fit_head(model, texts(30), texts(9))
+
+
+def adapted(model):
+    pefttutor.LoRA(r=2, target_modules=("score",)).attach(model)
+    return fit_head(model, texts(30), texts(9))
+
+
+def switched_off(model):
+    pefttutor.LoRA(r=2, target_modules=("q_proj",), modules_to_save=("score",)).attach(model)
+    pefttutor.switch(model)
+    return fit_head(model, texts(30), texts(9))
+
+
+def bodily(model):
+    return fit_head(model.model, texts(30), texts(9))
+
+
+def weightless(model):
+    return fit_head(copy.deepcopy(model).to("meta"), texts(30), texts(9))
+
+
 def lower(model):
     return fit_head(model, texts(30), texts(9), head="model.layers.0.mlp.down_proj")
 
@@ -186,6 +239,11 @@ def lower(model):
         (empty, r"validation is empty"),
         (capped, r"aren't what its layer 'score' returns"),
         (regression, r"expected one class"),
+        (frozen, r"'score' belongs to the frozen base of 'default'.*modules_to_save=\('score',\)"),
+        (adapted, r"'score' belongs to the frozen base"),
+        (switched_off, r"'score' belongs to the frozen base"),
+        (bodily, r"LlamaModel returns no logits; expected a model with a head"),
+        (weightless, r"no weights yet"),
         (lower, r"aren't what its layer 'model.layers.0.mlp.down_proj' returns"),
     ],
 )
@@ -195,6 +253,8 @@ def test_it_refuses(ask, says):
     with pytest.raises(ValueError, match=says):
         ask(model)
     assert torch.equal(model.score.weight, head)
+    if pefttutor.attached(model):
+        pefttutor.detach(model)
     assert not any(m._forward_hooks for n, m in model.named_modules() if n != "score")
 
 
