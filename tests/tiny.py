@@ -17,6 +17,8 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pefttutor import AutoFreeze
+
 VOCABULARY = 97
 KINDS = ("llama", "gpt2", "bert", "t5", "vit")
 TARGETS = {
@@ -182,6 +184,20 @@ def redraw_factors(model: nn.Module, seed: int = 1, std: float = 0.2) -> nn.Modu
             draw = torch.randn(parameter.shape, generator=g, dtype=torch.float64) * std
             parameter.data.copy_(draw)
     return model
+
+
+def freeze_one_block(model: nn.Module) -> nn.Module:
+    """AutoFreeze as if it had decided to freeze one block."""
+    method = AutoFreeze(interval=100)
+    method.attach(model)
+    model.get_buffer("autofreeze_frozen").fill_(1)
+    method.after_backward(model, 0)
+    return model
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether both have the same names, and under each the same bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ for what has not been measured yet (`python data/build.py --measure` goes on).
 
 So many steps don't train a probe to the end. What the frozen features really tell is in the second table: a converged head
 (`pefttutor.fit_head`, its regularisation chosen on the validation split) beside full fine-tuning ({gap_steps} steps of 16, the best of the
-rates {gap_rates} on the validation split of another seed), on few examples, which a seed draws.
+rates {gap_rates} on the validation split of another seed; none chosen lies at the edge), on few examples, which a seed
+draws. One seed of search and three of test show where there is room; they don't compare methods.
 
 Learning from the context came with base's last stage, in which two documents of three are drills: examples under labels that hold
 in that document only (`world/rules.py`, `drill`). Before it, four examples brought base nothing on sentiment, stars and topic.

@@ -36,7 +36,7 @@ EPOCHS = {"entailment": 8, "paraphrase": 24, "question": 4, "instruct": 5, "regi
 PROBE_LR, FULL_LR = 5e-3, 1e-3
 # Where adapting inside can show what it is good for: examples of each task at which the gap is measured.
 GAPS = {"velan_topic": 256, "verdicts": 256, "guests": 256, "better": 256, "animals": 256, "topic": 64}
-GAP_MODELS, GAP_STEPS, GAP_RATES, SEARCH_SEED = ("campus-nano",), 375, (3e-4, 1e-3, 3e-3), 100
+GAP_MODELS, GAP_STEPS, GAP_RATES, SEARCH_SEED = ("campus-nano",), 375, (3e-4, 1e-3, 3e-3, 1e-2), 100
 
 
 def _task(name: str) -> tasks.Task:

@@ -22,6 +22,7 @@ from pefttutor.saving.files import write_atomically
 FILE_NAME = "fit.safetensors"
 FORMAT = "2"
 TENSOR = "tensor of this file"  # stands in the JSON with the name of a tensor, where the optimizer has it
+SMALL = 1 << 20  # values of a buffer whose copy stays beside it
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -58,8 +59,9 @@ class Buffers:
     >>> norm.num_batches_tracked.item(), norm.running_mean.item()
     (0, 0.0)
 
-    Cost: a copy of the buffers on the CPU. Keeping again copies those of floats, since BatchNorm changes them past
-        autograd's count, and of the others (places, quantized weights) those that were changed.
+    Cost: a copy of the buffers, of large ones (quantized weights) in main memory. Keeping again copies those of floats,
+        since BatchNorm changes them past autograd's count, and of the others (places) those that were changed; a GPU
+        isn't waited for.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,7 +75,11 @@ class Buffers:
         self.kept = {
             place: self.kept[place]
             if self._is_as_kept(place, b)
-            else (b, b._version, b.detach().to("cpu", copy=True))
+            else (
+                b,
+                b._version,
+                b.detach().clone() if b.numel() <= SMALL else b.detach().to("cpu", copy=True),
+            )
             for place, b in now.items()
         }
 

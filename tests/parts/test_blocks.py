@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import (
-    AutoFreeze,
-)
 from pefttutor.parts.blocks import below, blocks
 from pefttutor.parts.cached_prefix import CachedPrefix
+from tests.tiny import freeze_one_block
 
 BELOW = {
     "bert": [
@@ -30,15 +28,6 @@ BELOW = {
     "llama": ["model.embed_tokens.weight"],
     "t5": ["shared.", "encoder."],
 }
-
-
-def freeze_one_block(model):
-    """AutoFreeze as if it had decided to freeze one block."""
-    method = AutoFreeze(interval=100)
-    method.attach(model)
-    model.get_buffer("autofreeze_frozen").fill_(1)
-    method.after_backward(model, 0)
-    return model
 
 
 @pytest.mark.parametrize("kind", list(BELOW))

@@ -13,14 +13,12 @@ from pefttutor.selective.auto_freeze import settled
 from tests.tiny import (
     bert,
     class_examples,
+    freeze_one_block,
     llama,
     llama_classifier,
+    same,
     weights,
 )
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_what_has_settled_is_frozen_up_to_the_first_that_has_not():
@@ -59,15 +57,6 @@ def test_auto_freeze_freezes_a_growing_prefix_and_can_be_interrupted(tmp_path):
     stop_at = -1
     assert same(weights(run(checkpoint=tmp_path, resume=True)), weights(model))
     assert frozen == history
-
-
-def freeze_one_block(model):
-    """AutoFreeze as if it had decided to freeze one block."""
-    method = AutoFreeze(interval=100)
-    method.attach(model)
-    model.get_buffer("autofreeze_frozen").fill_(1)
-    method.after_backward(model, 0)
-    return model
 
 
 def test_a_tied_head_is_frozen_with_the_embeddings():

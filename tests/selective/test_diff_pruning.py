@@ -20,14 +20,11 @@ from tests.tiny import (
     base_weights,
     class_examples,
     llama_classifier,
+    same,
     weights,
 )
 
 IDS = torch.tensor([[1, 7, 8, 9], [1, 20, 30, 5]])
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("alpha", [-2.0, 0.0, 0.7, 5.0])

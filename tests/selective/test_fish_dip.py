@@ -17,11 +17,8 @@ from tests.tiny import (
     base_weights,
     class_examples,
     llama_classifier,
+    same,
 )
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_with_all_examples_and_no_refresh_fish_dip_is_fish():

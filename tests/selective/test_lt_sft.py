@@ -22,12 +22,9 @@ from tests.tiny import (
     language_examples,
     llama,
     llama_classifier,
+    same,
     weights,
 )
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_start_follows_the_model_and_is_not_saved():
