@@ -118,7 +118,7 @@ def head_rows(model: nn.Module) -> list[Row]:
     learned = {id(tensor) for part in parts for _, tensor in part.saved()}
     named = model.named_parameters()
     frozen = {name: p for name, p in named if not p.requires_grad and id(p) not in learned}
-    advice = "name it in the method's modules_to_save, or train it with pefttutor.fit_head"
+    advice = "name it in the method's modules_to_save, or train it (pefttutor.fit_head) before attaching"
     drawn = vars(model).get("_drawn", {})
     random = [name for name, p in frozen.items() if name in drawn and _equal(p, drawn[name])]
     if random:
