@@ -1,8 +1,9 @@
-"""Build everything under data/: `python data/build.py --tasks | --train NAME | --measure | --table | --check`.
+"""Build everything under data/: `python data/build.py --tasks | --train NAME | --shards FOLDER | --measure | --table | --check`.
 
 --tasks            draw the tasks again and write them to data/tasks
 --tokenizer        train the tokenizer again (every model must then be pretrained again)
---train NAME       pretrain one model (campus-seed first: the causal models start from it); resumes where it was stopped
+--train NAME       pretrain one model (on --device cuda or cpu, for at most --seconds); resumes where it was stopped
+--shards FOLDER    write the text ahead by --workers processes; with --train, read it there
 --measure          measure what is missing in data/measurements.json; --only PREFIX for a part of it
 --table            write the measurements into data/README.md, the cards and SHA256SUMS
 --check            rebuild the tasks, verify every weight file, measure the held-out losses; compare with what is stored
@@ -70,22 +71,34 @@ def main() -> int:
     for flag in ("--tasks", "--tokenizer", "--measure", "--table", "--check"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--train", metavar="NAME")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, help="end a training after so long, its schedule fitted to the clock")
+    parser.add_argument("--shards", type=Path, metavar="FOLDER")
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument(
         "--work", type=Path, default=HERE / ".checkpoints", help="where checkpoints are kept while training"
     )
     parser.add_argument("--only", default="", help="measure only the keys that start so")
     args = parser.parse_args()
-    from world import corpus, pretrain, tasks
-
     if args.tasks:
+        from world import tasks
+
         for task in tasks.ALL:
             print(task.name, tasks.write(task)[:12])
     if args.tokenizer:
+        from world import corpus
+
         corpus.train_tokenizer().save(str(HERE / "models" / "tokenizer.json"))
     if args.train:
+        from world import pretrain
+
         if args.train not in pretrain.RECIPES:
             parser.error(f"--train {args.train}: expected one of {', '.join(pretrain.RECIPES)}")
-        pretrain.train(args.train, args.work)
+        pretrain.train(args.train, args.work, device=args.device, seconds=args.seconds, shards=args.shards)
+    elif args.shards:
+        from world import rows
+
+        print(f"{rows.write_ahead(args.shards, args.workers):,} tokens written")
     if args.measure:
         from world import measure
 

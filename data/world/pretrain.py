@@ -1,9 +1,11 @@
-"""Pretraining of the embedded models on the world's text, on a CPU, resumable.
+"""Pretraining of the embedded models on the world's text, on a GPU or a CPU, resumable.
 
-Hidden matrices are trained by Muon (Jordan et al. 2024; `torch.optim.Muon`), everything else by AdamW. The learning rate warms up,
-stays, and falls over the last part. Weights and optimizer are float32; multiplications bfloat16 where the processor is faster at it.
+All causal sizes read the same two mixtures, one after the other, from their own random weights: size is all that tells them apart.
+Hidden matrices are trained by Muon, everything else by AdamW. The learning rate warms up, stays, and falls over the last part.
+Weights and optimizer are float32; multiplications bfloat16 where the machine is faster at it.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -18,65 +20,51 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from . import corpus
-from .grow import grow
+from .muon import Muon
+from .rows import TOKENIZER, Rows
 
 MODELS = Path(__file__).parents[1] / "models"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made: its shape, what it grows from, and how long it trains. `rows` × `length` tokens a step."""
+    """How one model is made: its shape, and how long it trains. `rows` × `length` tokens a step."""
 
     hidden: int
     layers: int
     heads: int
     ffn: int
+    muon_lr: float
+    adam_lr: float
     steps: int
-    start: str | None = None
     encoder: bool = False
-    rows: int = 16
-    length: int = 256
-    muon_lr: float = 0.02
-    adam_lr: float = 3e-3
-    decay: float = 0.4  # share of the steps over which the learning rate falls
-    inferable: float = 1.0  # weight of a token that can be inferred from its context (see rules.MARK)
-    drills: float = 0.0  # share of documents that are drills (see rules.drill)
-    seed: int = 1
-    generator: str = "14fb006"  # the commit whose world/ wrote the text it read, or the first kept after it
+    rows: int = 128
+    length: int = 512
+    late: float = 0.5  # share of the run in the late mixture (see rows.KINDS); an encoder has one mixture only
+    decay: float = 0.45  # share of the run over which the learning rate falls
+    warmup: int = 200
+    inferable: tuple[float, float] = (4.0, 8.0)  # weight of a token that can be inferred, by mixture
+    seed: int = 31
 
 
-_SHAPES = {
-    "nano": dict(hidden=128, layers=4, heads=4, ffn=352, muon_lr=0.02, adam_lr=3e-3),
-    "small": dict(hidden=256, layers=6, heads=8, ffn=704, muon_lr=0.015, adam_lr=2e-3),
-    "base": dict(hidden=384, layers=8, heads=12, ffn=896, muon_lr=0.01, adam_lr=1.5e-3),
-}
-_EARLY = dict(generator="942069d")
-_LATER = dict(
-    rows=8, length=512, decay=0.5, inferable=6.0
-)  # long rows: a block of examples fits, every position is trained
+# As many steps as one H100 does in 165 s (the first, the second and the encoder side by side) and in 375 s (base).
 RECIPES = {
-    # Stages, not shipped. The first three read the world before it had ledgers and the later kinds of few-shot blocks.
-    "campus-seed": Recipe(**_SHAPES["nano"], **_EARLY, steps=1000, decay=0.01),
-    "campus-nano-1": Recipe(**_SHAPES["nano"], **_EARLY, steps=700, start="campus-seed", seed=5),
-    "campus-small-1": Recipe(**_SHAPES["small"], **_EARLY, steps=900, start="campus-seed", seed=2),
-    "campus-base-1": Recipe(**_SHAPES["base"], **_LATER, steps=560, start="campus-small", seed=13),
-    # The models of data/models: each goes on from its stage. Base alone is drilled in learning from its context.
-    "campus-nano": Recipe(**_SHAPES["nano"], **_LATER, steps=1400, start="campus-nano-1", seed=15),
-    "campus-small": Recipe(**_SHAPES["small"], **_LATER, steps=1250, start="campus-small-1", seed=12),
-    "campus-base": Recipe(**_SHAPES["base"], **_LATER | dict(inferable=12.0), drills=0.65, steps=1400, start="campus-base-1",
-                          seed=17, generator="172fbaa"),
-    # Not shipped: the smallest model with base's last stage, to tell what size does from what the drills do.
-    "campus-nano-drilled": Recipe(**_SHAPES["nano"], **_LATER | dict(inferable=12.0), drills=0.65, steps=600, start="campus-nano",
-                                  seed=19, generator="172fbaa"),
-    "campus-encoder": Recipe(256, 4, 8, 704, steps=640, start="campus-small-1", encoder=True, rows=32, length=128,
-                             muon_lr=0.015, adam_lr=2e-3, seed=4),
-}  # fmt: skip
-SHIPPED = ("campus-nano", "campus-small", "campus-base", "campus-encoder")
+    "campus-nano": Recipe(128, 4, 4, 352, 0.03, 4e-3, steps=5000),
+    "campus-small": Recipe(256, 6, 8, 704, 0.02, 3e-3, steps=2500),
+    "campus-base": Recipe(384, 8, 12, 896, 0.02, 2e-3, steps=9900),
+    "campus-encoder": Recipe(256, 4, 8, 704, 0.02, 3e-3, steps=4600, encoder=True, rows=512, length=128),
+}
 
 
 def shipped() -> list[str]:
     """The models that data/models holds now."""
-    return [name for name in SHIPPED if (MODELS / name / "model.safetensors").exists()]
+    return [name for name in RECIPES if (MODELS / name / "model.safetensors").exists()]
+
+
+def waves(length: int, width: int) -> Tensor:
+    """Sine and cosine of each position at falling frequencies (Vaswani et al. 2017): a neighbour is a rotation away."""
+    angles = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def new_model(recipe: Recipe) -> nn.Module:
@@ -86,125 +74,68 @@ def new_model(recipe: Recipe) -> nn.Module:
     torch.manual_seed(recipe.seed)
     common = dict(vocab_size=corpus.VOCABULARY, hidden_size=recipe.hidden, num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads,
                   intermediate_size=recipe.ffn, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    if recipe.encoder:
-        return transformers.BertForMaskedLM(
-            transformers.BertConfig(
-                **common, type_vocab_size=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-            )
+    if not recipe.encoder:
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=recipe.heads, attention_bias=True,
+                                             mlp_bias=True, tie_word_embeddings=True, attn_implementation="sdpa"))  # fmt: skip
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            **common, type_vocab_size=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=recipe.heads, attention_bias=True,
-                                         mlp_bias=True, tie_word_embeddings=True, attn_implementation="sdpa"))  # fmt: skip
+    )
+    words, positions = model.get_input_embeddings().weight, model.bert.embeddings.position_embeddings.weight
+    # as large as the words, or nobody looks at them
+    positions.data.copy_(words.std() * 2**0.5 * waves(*positions.shape))
+    return model
 
 
-def waves(length: int, width: int) -> Tensor:
-    """Sine and cosine of each position at falling frequencies (Vaswani et al. 2017): a neighbour is a rotation away."""
-    angles = torch.arange(length)[:, None] / 10_000 ** (
-        torch.arange(0, width, 2) / width
-    )  # (length, width / 2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+def _weighed(hidden: Tensor, words: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    losses = F.cross_entropy(F.linear(hidden, words).float(), target, reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
-def loss_of(model: nn.Module, rows: Tensor, encoder: bool, weights: Tensor | None = None) -> Tensor:
+def loss_of(
+    model: nn.Module, rows: Tensor, encoder: bool, weights: Tensor | None = None, weighed=_weighed
+) -> Tensor:
     """Next-token loss, weighed by token; or masked-token loss (20 % masked: 80 % by <mask>, 10 % random, 10 % kept)."""
     if not encoder:
-        hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[
-            :, :-1
-        ]  # (rows, length − 1, hidden)
-        losses = F.cross_entropy(
-            F.linear(hidden, model.lm_head.weight).flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
+        weights = torch.ones_like(rows, dtype=torch.float32) if weights is None else weights
+        hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1]
+        return weighed(
+            hidden.flatten(0, 1), model.lm_head.weight, rows[:, 1:].flatten(), weights[:, 1:].flatten()
         )
-        if weights is None:
-            return losses.mean()
-        weights = weights[:, 1:].flatten()
-        return (losses * weights).sum() / weights.sum()
-    chosen = (torch.rand(rows.shape) < 0.2) & (rows > 5)
-    how = torch.rand(rows.shape)
-    other = torch.randint(6, corpus.VOCABULARY, rows.shape)
-    seen = torch.where(chosen & (how < 0.8), 4, torch.where(chosen & (how > 0.9), other, rows))
-    hidden = model.bert(input_ids=seen).last_hidden_state[chosen]  # (masked, hidden)
-    return F.cross_entropy(model.cls(hidden).float(), rows[chosen])
+    # the same number of positions in every row: those with the highest draw, special tokens never
+    draw = torch.rand(rows.shape, device=rows.device).masked_fill(rows <= 5, -1.0)
+    chosen = draw.topk(round(0.2 * rows.shape[1]), dim=1).indices
+    target = rows.gather(1, chosen)
+    how = torch.rand(target.shape, device=rows.device)
+    other = torch.randint(6, corpus.VOCABULARY, target.shape, device=rows.device)
+    seen = torch.where(how < 0.8, 4, torch.where(how > 0.9, other, target))
+    hidden = model.bert(input_ids=rows.scatter(1, chosen, seen)).last_hidden_state
+    hidden = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+    return F.cross_entropy(model.cls(hidden).float(), target.flatten())
 
 
-class Rows:
-    """Rows of `length` tokens and their weights, cut from seeded shards, in a seeded order; calling `next` again and again resumes."""
-
-    def __init__(self, tokenizer: Tokenizer, recipe: Recipe):
-        self.tokenizer, self.recipe, self.shard_no, self.at = tokenizer, recipe, -1, 0
-        self.rows = self.weights = np.zeros((0, recipe.length))
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        n, length = self.recipe.rows, self.recipe.length
-        if self.at + n > len(self.rows):
-            self.shard_no, self.at = self.shard_no + 1, 0
-            flat, told = corpus.shard(
-                self.tokenizer,
-                1000 * self.recipe.seed + self.shard_no,
-                plain=self.recipe.encoder,
-                drills=self.recipe.drills,
-            )
-            order = np.random.default_rng(self.shard_no).permutation(len(flat) // length)
-            self.rows, self.weights = (
-                a[: len(flat) // length * length].reshape(-1, length)[order] for a in (flat, told)
-            )
-        self.at += n
-        chosen = slice(self.at - n, self.at)
-        weights = 1.0 + (self.recipe.inferable - 1.0) * torch.from_numpy(self.weights[chosen]).float()
-        return torch.from_numpy(self.rows[chosen].astype(np.int64)), weights
+def rate(step: int, done: float, recipe: Recipe) -> float:
+    """Share of the peak learning rate at a step, when `done` (a share) of the run has passed."""
+    return min(1.0, (step + 1) / recipe.warmup, 0.02 + 0.98 * (1 - done) / recipe.decay)
 
 
-def rate(step: int, recipe: Recipe) -> float:
-    """Share of the peak learning rate at a step."""
-    left = (recipe.steps - step) / (recipe.decay * recipe.steps)
-    return min(1.0, (step + 1) / 100, 0.05 + 0.95 * left)
-
-
-def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layer" in n]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01, momentum=0.95),
-            torch.optim.AdamW(rest, lr=recipe.adam_lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]  # fmt: skip
-
-
-def held_out_loss(model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, *, rows: int = 48) -> float:
+def held_out_loss(model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, *, tokens: int = 24_576) -> float:
     """Mean loss in nats per (predicted) token on a shard that is never trained on."""
     flat, _ = corpus.shard(tokenizer, corpus.HELD_OUT_SEED, 1500, plain=recipe.encoder)
-    data = torch.from_numpy(flat[: rows * recipe.length].reshape(rows, -1).astype(np.int64))
+    tokens = min(tokens, len(flat)) // recipe.length * recipe.length
+    data = torch.from_numpy(flat[:tokens].reshape(-1, recipe.length).astype(np.int64))
     model.eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        loss = loss_of(model, data, recipe.encoder).item()
-    model.train()
-    return loss
+        return loss_of(model, data, recipe.encoder).item()
 
 
-def _save(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], step: int) -> None:
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    for i, opt in enumerate(opts):
-        for j, state in opt.state_dict()["state"].items():
-            tensors |= {f"opt.{i}.{j}.{k}": v.clone() for k, v in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "new.safetensors", metadata={"step": str(step)})
-    os.replace(folder / "new.safetensors", folder / "checkpoint.safetensors")
-
-
-def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer]) -> int:
-    from safetensors import safe_open
-
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    tensors = load_file(path)
-    model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()}, strict=False)
-    for i, opt in enumerate(opts):
-        packed = opt.state_dict()
-        for key, value in tensors.items():
-            if key.startswith(f"opt.{i}."):
-                _, _, j, name = key.split(".", 3)
-                packed["state"].setdefault(int(j), {})[name] = value
-        opt.load_state_dict(packed)
-    with safe_open(path, "pt") as f:
-        return int(f.metadata()["step"])
+def text_sha256() -> str:
+    """Fingerprint of the scripts that write the text: models that read other text carry another one."""
+    files = ("corpus", "facts", "lexicon", "prose", "reasoning", "rows", "rules")
+    sources = b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in files)
+    return hashlib.sha256(sources + TOKENIZER.read_bytes()).hexdigest()
 
 
 def fast_bfloat16() -> bool:
@@ -222,68 +153,135 @@ def fast_bfloat16() -> bool:
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
-def train(name: str, work: Path, *, compiled: bool = True, every: int = 100) -> None:
-    """Train one model of RECIPES, checkpointing into `work`/name; at the end write it to data/models/name in float16."""
-    import transformers
+class Run:
+    """One pretraining on its way: model, optimizers, text, and how far it is."""
 
-    bfloat16 = fast_bfloat16()
+    def __init__(self, name: str, folder: Path, device: str, shards: Path | None):
+        self.recipe, self.folder, self.device = RECIPES[name], folder, device
+        self.model = new_model(self.recipe).to(device).train()
+        matrices = [p for n, p in self.model.named_parameters() if p.dim() == 2 and "layer" in n]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.muon = Muon(matrices)
+        self.adam = torch.optim.AdamW(rest, lr=self.recipe.adam_lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)  # fmt: skip
+        tokenizer = Tokenizer.from_file(str(TOKENIZER))
+        kinds = ("plain",) if self.recipe.encoder else ("main", "late")
+        self.text = {
+            k: Rows(tokenizer, k, self.recipe.rows, self.recipe.length, folder=shards, device=device)
+            for k in kinds
+        }
+        self.step, self.seconds, self.weighed = 0, 0.0, _weighed
+        self.resume()
 
-    recipe, folder = RECIPES[name], work / name
-    tokenizer = Tokenizer.from_file(str(MODELS / "tokenizer.json"))
-    model = new_model(recipe)
-    if recipe.start:
-        begun = transformers.AutoModelForCausalLM.from_pretrained(
-            work / recipe.start / "model", dtype=torch.float32
-        )
-        if recipe.encoder:  # of a causal model, an encoder can use what the words mean, not how they are read
-            words = begun.get_input_embeddings().weight.data
-            model.get_input_embeddings().weight.data.copy_(words)
-            positions = model.bert.embeddings.position_embeddings.weight.data
-            positions.copy_(
-                words.std() * 2**0.5 * waves(*positions.shape)
-            )  # as large as the words, or nobody looks at them
-        else:
-            same = begun.config.hidden_size == recipe.hidden
-            grow(begun, model, noise=0.0 if same else 0.02, seed=recipe.seed)
-    model.train()
-    opts = optimizers(model, recipe)
-    first = _resume(folder, model, opts)
-    layers = model.bert.encoder.layer if recipe.encoder else model.model.layers
+    def one(self, done: float, bfloat16: bool) -> Tensor:
+        """One step of training, when `done` (a share) of the run has passed; returns the loss."""
+        recipe, kinds = self.recipe, list(self.text)
+        torch.manual_seed(1_000_003 * recipe.seed + self.step)  # masks: the same after a resumption
+        no = len(kinds) - 1 if done > 1 - recipe.late else 0
+        rows, told = self.text[kinds[no]].next()
+        weights = 1.0 + (recipe.inferable[no] - 1.0) * told.float()
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(self.model, rows, recipe.encoder, weights, self.weighed)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        share = rate(self.step, done, recipe)
+        self.muon.step(recipe.muon_lr * share)
+        self.adam.param_groups[0]["lr"] = recipe.adam_lr * share
+        self.adam.step()
+        self.model.zero_grad()
+        self.step += 1
+        return loss.detach()
+
+    def save(self) -> None:
+        """Write everything that `resume` needs, whole or not at all."""
+        tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
+        for j, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{j}.{k}": v.clone() for k, v in state.items()}
+        taken = {kind: rows.taken for kind, rows in self.text.items()}
+        about = json.dumps({"step": self.step, "seconds": self.seconds, "taken": taken})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, self.folder / "new.safetensors", metadata={"run": about})
+        os.replace(self.folder / "new.safetensors", self.folder / "checkpoint.safetensors")
+
+    def resume(self) -> None:
+        """Go on where the last `save` was, if there is one."""
+        from safetensors import safe_open
+
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        tensors = load_file(path, device=self.device)
+        names = {f"model.{n}" for n, _ in self.model.named_parameters()}
+        names |= {f"muon.{i}" for i in range(len(self.muon.buffers))}
+        if missing := sorted(names - tensors.keys()):
+            raise ValueError(
+                f"{path} has no {missing[0]}: expected a checkpoint of this recipe. It comes from another one; "
+                "remove it, or name another folder with --work."
+            )
+        with torch.no_grad():
+            for n, p in self.model.named_parameters():
+                p.copy_(tensors[f"model.{n}"])
+        self.muon.buffers = [tensors[f"muon.{i}"] for i in range(len(self.muon.buffers))]
+        packed = self.adam.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("adam."):
+                _, j, name = key.split(".", 2)
+                packed["state"].setdefault(int(j), {})[name] = value
+        self.adam.load_state_dict(packed)
+        with safe_open(path, "pt") as f:
+            about = json.loads(f.metadata()["run"])
+        self.step, self.seconds = about["step"], about["seconds"]
+        for kind, taken in about["taken"].items():
+            self.text[kind].skip(taken)
+
+    def facts(self) -> dict[str, object]:
+        """What the card of the model says of this run."""
+        import transformers
+
+        device = torch.cuda.get_device_name() if self.device == "cuda" else "a CPU"
+        tokens = self.step * self.recipe.rows * self.recipe.length
+        return {"steps": self.step, "tokens": tokens, "seconds": round(self.seconds), "device": device,
+                "shards": {kind: rows.shard_no + 1 for kind, rows in self.text.items()}, "text_sha256": text_sha256(),
+                "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
+
+
+def train(
+    name: str, work: Path, *, device: str = "cpu", seconds: float | None = None, shards: Path | None = None,
+    models: Path = MODELS, compiled: bool = True, every: int = 100, save_every: float = 60.0,
+) -> None:  # fmt: skip
+    """Train one model of RECIPES, checkpointing into `work`/name every `save_every` seconds; then write it to `models`/name.
+
+    seconds: at most so long; the schedule then follows the clock, so that the learning rate has fallen when the time is over.
+    shards: a folder that `rows.write_ahead` fills meanwhile. every: steps between two lines on the screen.
+    """
+    begun, saved = time.monotonic(), time.monotonic()
+    bfloat16 = device == "cuda" or fast_bfloat16()
+    run = Run(name, work / name, device, shards)
+    before, losses = run.seconds, []
+    layers = run.model.bert.encoder.layer if run.recipe.encoder else run.model.model.layers
     if compiled:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-    source, start = Rows(tokenizer, recipe), time.time()
-    for _ in range(first):
-        source.next()
-    losses: list[float] = []
-    for step in range(first, recipe.steps):
-        torch.manual_seed(1_000_003 * recipe.seed + step)  # masks and dropout: the same after a resumption
-        for opt, peak in zip(opts, (recipe.muon_lr, recipe.adam_lr), strict=True):
-            opt.param_groups[0]["lr"] = peak * rate(step, recipe)
-        rows, weights = source.next()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-            loss = loss_of(model, rows, recipe.encoder, weights)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % every == 0:
-            speed = (step + 1 - first) * recipe.rows * recipe.length / (time.time() - start)
-            print(json.dumps({"step": step + 1, "loss": round(float(np.mean(losses[-every:])), 4), "tokens_per_s": round(speed),
-                              "minutes": round((time.time() - start) / 60, 1)}), flush=True)  # fmt: skip
-        if (step + 1) % (3 * every) == 0 or step + 1 == recipe.steps:
-            _save(folder, model, opts, step + 1)
+        run.weighed = torch.compile(_weighed, dynamic=False)
+    while (done := max(run.step / run.recipe.steps, run.seconds / (seconds or float("inf")))) < 1:
+        losses.append(run.one(done, bfloat16))
+        run.seconds = before + time.monotonic() - begun
+        if run.step % every == 0:
+            loss, losses = torch.stack(losses).mean().item(), []
+            print(json.dumps({"model": name, "step": run.step, "loss": round(loss, 4), "s": round(run.seconds)}), flush=True)  # fmt: skip
+        if time.monotonic() - saved > save_every:
+            run.save()
+            saved = time.monotonic()
+    run.save()
     for layer in layers:
         layer.__dict__.pop("forward", None)
-    model.save_pretrained(folder / "model")
-    print(json.dumps({"held_out_loss": held_out_loss(model, tokenizer, recipe)}), flush=True)
-    if name in SHIPPED:
-        export(name, model)
+    print(json.dumps({"model": name, **run.facts()}), flush=True)
+    export(run, models / name)
 
 
-def export(name: str, model: nn.Module) -> None:
-    """Write the model in float16 and the tokenizer to data/models/name."""
-    corpus.save_tokenizer(Tokenizer.from_file(str(MODELS / "tokenizer.json")), MODELS / name)
-    model.to(torch.float16).save_pretrained(MODELS / name)
+def export(run: Run, folder: Path) -> None:
+    """Write the model in float16, its tokenizer and what its card says."""
+    corpus.save_tokenizer(Tokenizer.from_file(str(TOKENIZER)), folder)
+    run.model.to("cpu", torch.float16).save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(run.facts(), indent=1) + "\n")
