@@ -75,7 +75,8 @@ def fit_head(
     Cost: one forward an example, rows · d numbers of 8 bytes, some 20–200 passes over rows · d · classes a value of l2.
     Raises: ValueError for labels that are no classes, a class that no training example has, features that aren't
         finite, logits that aren't the head's outputs or a weighted sum of them, a head that shares its weight, or that
-        attachments have frozen (name it in modules_to_save); RuntimeError if LBFGS doesn't converge.
+        attachments have frozen (name it in modules_to_save); RuntimeError if LBFGS doesn't converge at the strongest
+        l2 (where it doesn't at a weaker one, the search ends there).
     Source: Alain & Bengio 2016, arXiv:1610.01644; Liu & Nocedal 1989 for LBFGS.
     """
     if not l2 or not all(0 < value < float("inf") for value in l2):
@@ -134,22 +135,32 @@ def _check(x: Tensor, labels: Tensor, layer: nn.Linear, *, per_text: bool) -> No
 def _search(
     seen: dict[str, tuple[Tensor, Tensor]], layer: nn.Linear, name: str, grid: list[float]
 ) -> tuple[Tensor, Tensor, FittedHead]:
-    """The weights at the best l2, in the scale of z; from strong to weak, each begun where the one before ended."""
+    """The weights at the best l2, in the scale of z; from strong to weak, each begun where the one before ended.
+
+    Where a plane separates the classes, the minimum moves out of reach as the penalty falls: once LBFGS no longer
+    finds it, the search ends.
+    """
     shape = (layer.out_features, layer.in_features)
     start = (torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64))
     fitted: dict[float, tuple[Tensor, Tensor]] = {}
     tried: dict[float, dict[str, float]] = {}
-    steps = 0
+    steps, weakest = 0, WIDEST[1]
     while True:
         for l2 in [value for value in grid if value not in tried]:
-            weight, bias, taken = _fitted(*seen["train"], *start, l2, has_bias=layer.bias is not None)
+            try:
+                weight, bias, taken = _fitted(*seen["train"], *start, l2, has_bias=layer.bias is not None)
+            except RuntimeError:
+                if not tried:
+                    raise
+                weakest, grid = min(tried), [value for value in grid if value > l2]
+                break
             fitted[l2], steps = (weight, bias), steps + taken
             tried[l2] = _judged(*seen["validation"], weight, bias)
             start = fitted[l2]
         best = min(grid, key=lambda value: (-tried[value]["accuracy"], tried[value]["loss"]))
         if best == grid[0] < WIDEST[0]:
             grid = [_next(grid[0], 10), *grid]
-        elif best == grid[-1] > WIDEST[1]:
+        elif best == grid[-1] > weakest:
             grid = [*grid, _next(grid[-1], 0.1)]
         else:
             found = FittedHead(name, best, dict(sorted(tried.items())), len(seen["train"][0]), steps)

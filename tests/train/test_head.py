@@ -273,3 +273,23 @@ def test_a_problem_without_an_end_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match=r"not zero; try a larger l2"):
         fit_head(model, texts(30), texts(9), l2=[1e-3])
     assert torch.equal(model.score.weight, head)
+
+
+def test_the_search_ends_where_a_weaker_penalty_has_no_minimum_within_reach(monkeypatch):
+    fitted = module._fitted
+
+    def out_of_reach(*data, **how):
+        if data[4] < 1e-3:
+            raise RuntimeError("not zero; try a larger l2")
+        return fitted(*data, **how)
+
+    model, train = llama_classifier(), texts(40)
+    free = fit_head(
+        copy.deepcopy(model), train, train, l2=(1e-1, 1e-2)
+    )  # on its own training texts: weaker is better
+    monkeypatch.setattr(module, "_fitted", out_of_reach)
+    found = fit_head(model, train, train, l2=(1e-1, 1e-2))
+    assert free.l2 < 1e-3
+    assert found.l2 == min(found.tried) == 1e-3
+    with pytest.raises(RuntimeError, match="try a larger l2"):
+        fit_head(model, train, train, l2=(1e-5,))
