@@ -89,6 +89,24 @@ def test_a_tied_weight_counts_once():
     assert estimate(model).weights == estimate(config).weights
 
 
+def test_three_copies_of_the_logits_are_the_peak_of_a_step_with_many_words():
+    config = hf.LlamaConfig(
+        vocab_size=8000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = LORA.attach(hf.LlamaForCausalLM(config)).train()
+    ids = torch.randint(3, 8000, (2, 64), generator=torch.Generator().manual_seed(0))
+    measured = measure(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    needed = {
+        copies: estimate(
+            model, batch_size=2, sequence_length=64, logits_copies=copies, device="cpu"
+        ).activations
+        for copies in (1, 3)
+    }
+    assert sum(needed[3].values()) == pytest.approx(measured.allocator_peak, rel=0.1)
+    assert sum(needed[1].values()) < 0.6 * measured.allocator_peak
+
+
 def test_compare_says_both_and_their_ratio():
     model, batch = tiny_model("llama"), tiny_batch("llama")
     LORA.attach(model).train()
