@@ -168,7 +168,7 @@ def _workers(train: Train) -> Iterator[tuple[Train, int]]:
 def compare(
     script: Path | str,
     train: Train,
-    cases: Mapping[tuple[Any, ...], tuple[float, float]],
+    cases: Mapping[tuple[Any, ...], tuple[float, float] | None],
     *,
     columns: Sequence[str],
     rates: Sequence[float],
@@ -182,7 +182,8 @@ def compare(
 
         compare(__file__, train, {("LoRA", 8): (1e-3, 1e-2)}, columns=("method", "r"), rates=RATES, seeds=range(5), …)
 
-    train(*case, lr, seed) → {"validation": share, "test": share}. cases: each with the window of rates to try first.
+    train(*case, lr, seed) → {"validation": share, "test": share}. cases: each with the window of rates to try first, or
+    None for what has no rate, such as a head that is fitted to its end.
     columns: the names of a case's parts. The search looks at validation and search_seeds only. If the script itself
     defines `train`, two processes work side by side (PEFTTUTOR_PROCESSES), each on one core.
     """
@@ -190,7 +191,8 @@ def compare(
     header = provenance(Path(script), model=model, tasks=tasks, **settings)
 
     def finish(case: tuple[Any, ...]) -> None:
-        rate = table.best_rate(case, rates, cases[case], search_seeds)
+        window = cases[case]
+        rate = None if window is None else table.best_rate(case, rates, window, search_seeds)
         for seed in seeds:
             table[*case, rate, seed]
 
@@ -198,4 +200,4 @@ def compare(
         table = Table(Path(script).with_suffix(".jsonl"), header, (*columns, "lr", "seed"), run)
         list(threads.map(finish, cases))
     everyone = dict.fromkeys([*search_seeds, *seeds])
-    table.sort((*case, rate, seed) for case in cases for rate in rates for seed in everyone)
+    table.sort((*case, rate, seed) for case in cases for rate in (None, *rates) for seed in everyone)

@@ -16,9 +16,12 @@ import torch
 
 from pefttutor import data, models
 from pefttutor.authoring.runs import Row, Table, compare, digests, provenance
+from pefttutor.data.evaluation import evaluate
 from pefttutor.models.carriers import root
 
-__all__ = ["Table", "best", "changed", "compare", "drawn", "prepared", "provenance", "read", "searched"]
+__all__ = [
+    "Table", "best", "changed", "compare", "drawn", "prepared", "provenance", "read", "scores", "searched",
+]  # fmt: skip
 
 
 def read(name: str) -> tuple[Row, list[Row]]:
@@ -65,8 +68,8 @@ def searched(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[flo
     for case, by_rate in _by_rate(rows).items():
         found[case] = {
             rate: sum(by_seed[seed]["validation"] for seed in seeds) / len(seeds)
-            for rate, by_seed in sorted(by_rate.items())
-            if seeds <= set(by_seed)
+            for rate, by_seed in sorted(by_rate.items(), key=lambda item: item[0] or 0.0)
+            if rate is not None and seeds <= set(by_seed)
         }
     return found
 
@@ -83,9 +86,8 @@ def best(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """
     cases, chosen = _by_rate(rows), {}
     for case, tried in searched(header, rows).items():
-        rate = (
-            max(tried, key=lambda rate: tried[rate]) if tried else None
-        )  # of equal ones the first: the smaller
+        # Of equal ones the first, which is the smaller. None is also the rate of what has none.
+        rate = max(tried, key=lambda rate: tried[rate]) if tried else None
         by_seed = cases[case].get(rate, {})
         if missing := [seed for seed in header["seeds"] if seed not in by_seed]:
             raise ValueError(
@@ -104,6 +106,29 @@ def _by_rate(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[Any, dict[int, R
         case = tuple(row[name] for name in names[: names.index("lr")])
         cases.setdefault(case, {}).setdefault(row["lr"], {})[row["seed"]] = row
     return cases
+
+
+def scores(model: Any, name: str, task: str) -> dict[str, float]:
+    """What a row says of an adapted classifier: accuracy on validation and test, and how much worse it reads the world.
+
+    forgotten = held_out_loss(adapted) − held_out_loss(base), in nats per token
+
+    >>> base, _ = prepared("campus-nano", "sentiment")
+    >>> scores(base, "campus-nano", "sentiment")["forgotten"]
+    0.0
+
+    model: trained from `prepared(name, task)`. Cost: that of `evaluate` twice and of `held_out_loss` once.
+    """
+    splits = prepared(name, task)[1]
+    found = {split: evaluate(model, splits[split])["accuracy"] for split in ("validation", "test")}
+    tokenizer, before = _before(name)
+    return found | {"forgotten": data.held_out_loss(model, tokenizer) - before}
+
+
+@cache
+def _before(name: str) -> tuple[Any, float]:
+    model, tokenizer = models.load(name, head="classification", num_labels=2)
+    return tokenizer, data.held_out_loss(model, tokenizer)
 
 
 @cache

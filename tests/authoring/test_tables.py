@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
+import pefttutor
 from pefttutor.authoring import tables as runs
 
 HEADER = {"command": "python data/lessons/99/try.py", "seeds": [0, 1], "search_seeds": [7, 8]}
@@ -61,6 +63,24 @@ def test_the_search_leaves_the_window_only_where_the_best_lies_at_its_edge(tmp_p
 def test_of_equal_rates_the_smaller_one_is_taken(tmp_path):
     level = table(tmp_path / "try.jsonl", lambda way, lr, seed: {"validation": 0.5})
     assert level.best_rate(("a",), [1, 2, 3], (1, 3), seeds=(7,)) == 1
+
+
+def test_what_has_no_rate_is_run_by_every_seed_and_searched_by_none(data_folder):
+    script, train = data_folder / "lessons/99/try.py", Trained(2)
+    script.write_text("pass")
+    where = {"columns": ["way"], "rates": [1, 2, 3], "model": "m", "tasks": ["t"]}
+
+    def either(way, lr, seed):
+        return train(way, 2 if lr is None else lr, seed)
+
+    runs.compare(
+        script, either, {("fitted",): None, ("a",): (1, 2)}, seeds=range(2), search_seeds=[7, 8], **where
+    )
+    header, rows = runs.read("99/try.jsonl")
+    assert [(row["lr"], row["seed"]) for row in rows if row["way"] == "fitted"] == [(None, 0), (None, 1)]
+    assert [row["seed"] for row in runs.best(header, rows)["fitted",]] == [0, 1]
+    assert runs.searched(header, rows)["fitted",] == {}
+    assert {row["lr"] for row in runs.best(header, rows)["a",]} == {2}
 
 
 @pytest.fixture
@@ -156,3 +176,13 @@ def test_a_seed_draws_the_same_examples_and_another_draws_others():
     model, splits = runs.prepared("campus-nano", "sentiment")
     assert model.config.num_labels == 2
     assert set(splits) == {"train", "validation", "test"}
+
+
+def test_scores_say_what_evaluate_says_and_what_training_forgets():
+    base, splits = runs.prepared("campus-nano", "verdicts")
+    model = copy.deepcopy(base)
+    pefttutor.fit(model, splits["train"], steps=10, batch_size=16, lr=3e-3, progress=False)
+    found = runs.scores(model, "campus-nano", "verdicts")
+    assert found["test"] == pefttutor.evaluate(model, splits["test"])["accuracy"]
+    assert found["validation"] == pefttutor.evaluate(model, splits["validation"])["accuracy"]
+    assert found["forgotten"] > 0.1
