@@ -1,4 +1,4 @@
-"""Build everything under data/: `python data/build.py --tasks | --train NAME | --shards FOLDER | --measure | --table | --check`.
+"""Build everything under data/: `python data/build.py --tasks | --train NAME | --measure | --table | --check`.
 
 --tasks            draw the tasks again and write them to data/tasks
 --tokenizer        train the tokenizer again (every model must then be pretrained again)
@@ -72,9 +72,11 @@ def main() -> int:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--train", metavar="NAME")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, help="end a training after so long, its schedule fitted to the clock")
+    parser.add_argument(
+        "--seconds", type=float, help="end a training after so long, its schedule fitted to the clock"
+    )
     parser.add_argument("--shards", type=Path, metavar="FOLDER")
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2, help="processes that write shards or measure")
     parser.add_argument(
         "--work", type=Path, default=HERE / ".checkpoints", help="where checkpoints are kept while training"
     )
@@ -102,7 +104,7 @@ def main() -> int:
     if args.measure:
         from world import measure
 
-        measure.run(args.only)
+        measure.run(args.only, workers=args.workers)
     if args.table:
         from world import cards
 

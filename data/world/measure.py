@@ -1,29 +1,33 @@
 """What the embedded models can do before and after adaptation: the table in data/README.md.
 
-For each task: chance, zero-shot and four-shot in context (every model), a linear probe and full fine-tuning (one model),
-over three seeds. Every number is stored in measurements.json with its seed, so that a stopped run goes on where it was.
+For each task: chance, zero-shot and four-shot in context (every causal model), full fine-tuning (one model); for the tasks with
+room a converged head beside it (two models); over three seeds. Every number is stored in measurements.json with its seed, so that a stopped run goes on where it was.
 """
 
 import json
 import math
+import multiprocessing
 import random
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 
+import torch
 from torch import nn
 
 import pefttutor as pt
 from pefttutor import data, models
+from pefttutor.saving.files import write_atomically
 
 from . import tasks
 from .pretrain import RECIPES, held_out_loss, shipped
 
 HERE = Path(__file__).parents[1]
 STORE = HERE / "measurements.json"
-CAUSAL = ("campus-nano", "campus-small", "campus-base")
-TUNED, SEEDS = "campus-nano", (0, 1, 2)
+CAUSAL = ("campus-nano-2", "campus-small", "campus-base")
+TUNED, SEEDS = "campus-nano-2", (0, 1, 2)
 TIMED = (
     "campus-small",
     "sentiment",
@@ -33,14 +37,23 @@ BUDGET = dict(examples=1000, epochs=2, batch_size=16)
 # slower to learn
 EPOCHS = {"entailment": 8, "paraphrase": 24, "question": 4, "instruct": 5, "register": 10, "sorting": 8, "bank_sql": 4, "memory": 60,
           "clinic": 4}  # fmt: skip
-PROBE_LR, FULL_LR = 5e-3, 1e-3
-# Where adapting inside can show what it is good for: examples of each task at which the gap is measured.
-GAPS = {"velan_topic": 256, "verdicts": 256, "guests": 256, "better": 256, "animals": 256, "topic": 64}
-GAP_MODELS, GAP_STEPS, GAP_RATES, SEARCH_SEED = ("campus-nano",), 375, (3e-4, 1e-3, 3e-3, 1e-2), 100
+FULL_LR = 1e-3
+# Where adapting inside can show what it is good for: tasks, and examples of each at which the gap is measured.
+GAPS = {
+    "campus-nano-2": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "better@64", "verdicts@64", "guests@64"),
+    "campus-small": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "verdicts@64"),
+}  # fmt: skip
+GAP_STEPS, GAP_RATES, SEARCH_SEED = 375, (3e-4, 1e-3, 3e-3), 100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _task(name: str) -> tasks.Task:
     return next(t for t in tasks.ALL if t.name == name)
+
+
+def _loaded(name: str, **how: object) -> tuple[nn.Module, object]:
+    model, tokenizer = models.load(name, **how)
+    return model.to(DEVICE), tokenizer
 
 
 def chance(task: tasks.Task) -> float:
@@ -58,7 +71,7 @@ def in_context(model_name: str, task: tasks.Task, shots: int, seed: int) -> floa
     """Score with `shots` examples of the training split in front of each prompt; nothing is trained."""
     if task.kind == "tagging" or task.metric == "perplexity":
         return None
-    model, tokenizer = models.load(model_name)
+    model, tokenizer = _loaded(model_name)
     splits, rng = data.load(task.name), random.Random(seed)
     rows = splits["test"].select(range(min(LIMIT, len(splits["test"])))).to_list()
     train = splits["train"].to_list()
@@ -68,32 +81,21 @@ def in_context(model_name: str, task: tasks.Task, shots: int, seed: int) -> floa
     return data.score(model, tokenizer, rows, data.info(task.name))
 
 
-def _head_only(model: nn.Module) -> None:
-    """Freeze all but the head; a language model's head is first untied from its embeddings."""
-    head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.score
-    if hasattr(model, "lm_head"):
-        head.weight = nn.Parameter(head.weight.detach().clone())
-    model.requires_grad_(False)
-    head.requires_grad_(True)
-
-
-def tuned(task: tasks.Task, seed: int, name: str = TUNED, *, probe: bool = False) -> dict[str, float]:
-    """Train the head alone (`probe`) or everything; returns the test score and the seconds of training."""
+def tuned(task: tasks.Task, seed: int, name: str = TUNED) -> dict[str, float]:
+    """Train everything; returns the test score and the seconds of training."""
     head = {"classification": "classification", "tagging": "tagging"}.get(task.kind, "lm")
     labels = {} if head == "lm" else {"labels": list(task.labels or ())}
-    model, tokenizer = models.load(name, head=head, **labels)
+    model, tokenizer = _loaded(name, head=head, **labels)
     splits = data.load(task.name)
     n = min(BUDGET["examples"], len(splits["train"]))
     train = data.encode(splits["train"].select(range(n)), tokenizer, kind=task.kind)
-    if probe:
-        _head_only(model)
     start = time.perf_counter()
     pt.fit(
         model,
         train,
         epochs=EPOCHS.get(task.name, BUDGET["epochs"]),
         batch_size=BUDGET["batch_size"],
-        lr=PROBE_LR if probe else FULL_LR,
+        lr=FULL_LR,
         seed=seed,
         progress=False,
     )
@@ -104,41 +106,46 @@ def tuned(task: tasks.Task, seed: int, name: str = TUNED, *, probe: bool = False
     }
 
 
-def _few(name: str, task: tasks.Task, seed: int) -> tuple[nn.Module, object, dict[str, list]]:
-    """A classifier, its tokenizer, and the encoded splits with GAPS' number of training examples, drawn by the seed."""
-    model, tokenizer = models.load(name, head="classification", labels=list(task.labels or ()))
+def _few(name: str, gap: str, seed: int) -> tuple[nn.Module, dict[str, list]]:
+    """A classifier and the encoded splits of a gap (`task@n`), with n training examples that the seed draws."""
+    task, n = _task(gap.split("@")[0]), int(gap.split("@")[1])
+    model, tokenizer = _loaded(name, head="classification", labels=list(task.labels or ()))
     splits = data.load(task.name)
-    chosen = random.Random(seed).sample(range(len(splits["train"])), GAPS[task.name])
-    rows = splits["train"].select(chosen), splits["validation"], splits["test"]
-    names = ("train", "validation", "test")
-    return model, tokenizer, {k: data.encode(r, tokenizer) for k, r in zip(names, rows, strict=True)}
+    chosen = random.Random(seed).sample(range(len(splits["train"])), n)
+    rows = {
+        "train": splits["train"].select(chosen),
+        "validation": splits["validation"],
+        "test": splits["test"],
+    }
+    return model, {split: data.encode(some, tokenizer) for split, some in rows.items()}
 
 
-def converged(name: str, task: tasks.Task, seed: int) -> float:
+def converged(name: str, gap: str, seed: int) -> float:
     """Accuracy of the frozen model with a head that is trained to the end."""
-    model, _, few = _few(name, task, seed)
+    model, few = _few(name, gap, seed)
     pt.fit_head(model, few["train"], few["validation"])
     return pt.evaluate(model, few["test"])["accuracy"]
 
 
-def full(name: str, task: tasks.Task, seed: int, lr: float, split: str = "test") -> float:
+def full(name: str, gap: str, seed: int, lr: float, split: str = "test") -> float:
     """Accuracy after full fine-tuning at a learning rate."""
-    model, _, few = _few(name, task, seed)
+    model, few = _few(name, gap, seed)
     pt.fit(model, few["train"], steps=GAP_STEPS, batch_size=16, lr=lr, seed=seed, progress=False)
     return pt.evaluate(model, few[split])["accuracy"]
 
 
-def searched(name: str, task: tasks.Task) -> float:
-    """The learning rate of full fine-tuning with the best validation on a seed of its own."""
-    scores = [full(name, task, SEARCH_SEED, lr, "validation") for lr in GAP_RATES]
-    return GAP_RATES[scores.index(max(scores))]
+def rate(gap: str, model: str) -> float | None:
+    """The learning rate of full fine-tuning with the best validation on a seed of its own, once all have been tried."""
+    keys = [f"try{lr:g}/{gap}/{model}/{SEARCH_SEED}" for lr in GAP_RATES]
+    scores = [stored().get(key) for key in keys]
+    return None if None in scores else GAP_RATES[scores.index(max(scores))]
 
 
 def _keys() -> list[str]:
     """Everything that the table needs, as `what/task/model/seed`, quick rows first."""
     scored = [t.name for t in tasks.ALL if t.metric != "perplexity"]
     keys = [f"chance/{t}//0" for t in scored] + [f"held_out//{m}/0" for m in shipped()]
-    keys += [f"{what}/{t}/{TUNED}/{s}" for s in SEEDS for t in scored for what in ("full", "probe")]
+    keys += [f"full/{t}/{TUNED}/{s}" for s in SEEDS for t in scored]
     spoken = [t for t in scored if _task(t).kind != "tagging"]
     keys += [
         f"shots{k}/{t}/{m}/{s}"
@@ -148,12 +155,11 @@ def _keys() -> list[str]:
         for k in ((0, 4) if s == 0 else (4,))
     ]
     keys += [f"full/{TIMED[1]}/{TIMED[0]}/{s}" for s in SEEDS]
-    for m in GAP_MODELS:
-        for t in GAPS:
-            keys += [
-                f"rate/{t}/{m}/{SEARCH_SEED}",
-                *(f"{what}/{t}/{m}/{s}" for s in SEEDS for what in ("few_head", "few_full")),
-            ]
+    for m, gaps in GAPS.items():
+        keys += [f"try{lr:g}/{gap}/{m}/{SEARCH_SEED}" for gap in gaps for lr in GAP_RATES]
+        keys += [f"few_head/{gap}/{m}/{s}" for gap in gaps for s in SEEDS]
+    for m, gaps in GAPS.items():
+        keys += [f"few_full/{gap}/{m}/{s}" for gap in gaps for s in SEEDS]
     return keys + [
         f"domain/{t.name}/{TUNED}/{s}"
         for t in tasks.ALL
@@ -170,15 +176,15 @@ def compute(key: str) -> object:
         return chance(_task(name))
     if what.startswith("shots"):
         return in_context(model, _task(name), int(what[5:]), int(seed))
-    if what == "rate":
-        return searched(model, _task(name))
+    if what.startswith("try"):
+        return full(model, name, int(seed), float(what[3:]), "validation")
     if what == "few_head":
-        return converged(model, _task(name), int(seed))
+        return converged(model, name, int(seed))
     if what == "few_full":
-        return full(model, _task(name), int(seed), stored()[f"rate/{name}/{model}/{SEARCH_SEED}"])
+        return full(model, name, int(seed), rate(name, model) or GAP_RATES[1])
     if what == "domain":
         return _domain(name, model, int(seed))
-    return tuned(_task(name), int(seed), model, probe=what == "probe")
+    return tuned(_task(name), int(seed), model)
 
 
 def _held_out(name: str) -> float:
@@ -190,7 +196,7 @@ def _held_out(name: str) -> float:
 
 def _domain(name: str, model_name: str, seed: int) -> dict[str, float]:
     """Perplexity on a domain's test split before and after one pass over 500 of its texts."""
-    model, tokenizer = models.load(model_name)
+    model, tokenizer = _loaded(model_name)
     splits = data.load(name)
     before = data.score(model, tokenizer, splits["test"], data.info(name))
     train = data.encode(splits["train"].select(range(500)), tokenizer, kind="lm")
@@ -198,18 +204,29 @@ def _domain(name: str, model_name: str, seed: int) -> dict[str, float]:
     return {"before": before, "after": data.score(model, tokenizer, splits["test"], data.info(name))}
 
 
-def run(only: str = "", *, part: int = 0, parts: int = 1) -> None:
-    """Compute what is not stored yet (keys that start with `only`; with `parts`, every parts-th of them)."""
-    for key in [k for k in _keys() if k.startswith(only)][part::parts]:
-        if key in stored():
-            continue
-        start = time.time()
-        value = compute(key)
-        rest = stored() | {key: value}
-        temporary = STORE.with_suffix(f".{part}.tmp")
-        temporary.write_text(json.dumps(dict(sorted(rest.items())), indent=0) + "\n")
-        temporary.replace(STORE)
-        print(f"{key}: {value} ({time.time() - start:.0f} s)", flush=True)
+def _timed(key: str) -> tuple[object, float]:
+    start = time.time()
+    return compute(key), time.time() - start
+
+
+def run(only: str = "", *, workers: int = 1) -> None:
+    """Compute what is not stored yet (keys that start with `only`) by so many processes, and store each as it comes."""
+    missing = [k for k in _keys() if k.startswith(only) and k not in stored()]
+    waves = (
+        [k for k in missing if not k.startswith("few_full")],
+        [k for k in missing if k.startswith("few_full")],
+    )
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for wave in waves:  # the second one needs the learning rates that the first one finds
+            asked = {pool.submit(_timed, key): key for key in wave}
+            for done in as_completed(asked):
+                value, seconds = done.result()
+                write_atomically(
+                    STORE,
+                    json.dumps(dict(sorted((stored() | {asked[done]: value}).items())), indent=0) + "\n",
+                )
+                print(f"{asked[done]}: {value} ({seconds:.0f} s)", flush=True)
 
 
 def stored() -> dict[str, object]:
@@ -225,6 +242,13 @@ def _mean_spread(values: list[float]) -> str:
     )
 
 
+def _rate(gap: str, model: str) -> str:
+    """The chosen learning rate, marked where it is the smallest or the largest tried."""
+    chosen = rate(gap, model)
+    edge = " (edge)" if chosen in (GAP_RATES[0], GAP_RATES[-1]) else ""
+    return "–" if chosen is None else f"{chosen:g}{edge}"
+
+
 def table() -> str:
     """The measurements as Markdown."""
     found = stored()
@@ -235,27 +259,24 @@ def table() -> str:
         return _mean_spread(values) if values else "–"
 
     lines = ["| task | metric | best possible | chance | " + " | ".join(f"{m[7:]} 0-shot | {m[7:]} 4-shot" for m in CAUSAL)
-             + f" | probe ({TUNED[7:]}) | full fine-tuning ({TUNED[7:]}) |", "|---" * 12 + "|"]  # fmt: skip
+             + f" | full fine-tuning ({TUNED[7:]}) |", "|---" * 11 + "|"]  # fmt: skip
     for task in tasks.ALL:
         if task.metric == "perplexity":
             continue
         cells = [f"{100 * task.ceiling:.0f}", get("chance", task.name, "")]
         for model in CAUSAL:
             cells += [get("shots0", task.name, model), get("shots4", task.name, model)]
-        cells += [get("probe", task.name, TUNED), get("full", task.name, TUNED)]
+        cells.append(get("full", task.name, TUNED))
         lines.append(f"| {task.name} | {task.metric.replace('_', ' ')} | {' | '.join(cells)} |")
-    lines += ["", "| task, examples | " + " | ".join(f"{m[7:]}: converged head | full fine-tuning | rate" for m in GAP_MODELS) + " |",
-              "|---" * (1 + 3 * len(GAP_MODELS)) + "|"]  # fmt: skip
-    for name, n in GAPS.items():
-        cells = [f"{name}, {n}"]
-        for model in GAP_MODELS:
-            rate = found.get(f"rate/{name}/{model}/{SEARCH_SEED}")
-            cells += [
-                get("few_head", name, model),
-                get("few_full", name, model),
-                "–" if rate is None else f"{rate:g}",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for model, gaps in GAPS.items():
+        lines += [
+            "",
+            f"| {model}: task@examples | converged head | full fine-tuning | rate |",
+            "|---|---|---|---|",
+        ]
+        for gap in gaps:
+            scores = " | ".join(get(what, gap, model) for what in ("few_head", "few_full"))
+            lines.append(f"| {gap} | {scores} | {_rate(gap, model)} |")
     lines += ["", "| model | parameters | perplexity on unseen text of the world |", "|---|---|---|"]
     for name in shipped():
         if (loss := found.get(f"held_out//{name}/0")) is not None:

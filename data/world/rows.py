@@ -37,10 +37,12 @@ KINDS = {
 }
 
 
-def draw(tokenizer: Tokenizer, kind: str, no: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shard `no` of a kind: flat token ids, and which of them can be inferred from what stands before."""
+def draw(
+    tokenizer: Tokenizer, kind: str, no: int, documents: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shard `no` of a kind, or its first documents: flat token ids, and which of them can be inferred from what stands before."""
     k = KINDS[kind]
-    return corpus.shard(tokenizer, k.seed + no, k.documents, plain=k.plain, drills=k.drills)
+    return corpus.shard(tokenizer, k.seed + no, documents or k.documents, plain=k.plain, drills=k.drills)
 
 
 def _write(job: tuple[Path, str, int]) -> int:

@@ -58,6 +58,8 @@ STAY = ("home", "ward")
 BALANCE = ("bad", "mixed", "good")
 PLEASED = ("none", "one", "both")
 HAPPIER = ("first", "second")
+ALIKE = ("no", "yes")
+MOST = ("animals", "colours", "things")
 
 
 def _sentiment(rng: random.Random, split: str) -> Example:
@@ -119,11 +121,26 @@ def _better(rng: random.Random, split: str) -> Example:
     return _classified(text, int(second > first), HAPPIER, "{text}\nThe happier one:")
 
 
+def _pages(rng: random.Random, split: str) -> Example:
+    label, topic = rng.randrange(2), rng.choice(prose.TOPICS)
+    other = topic if label else rng.choice([t for t in prose.TOPICS if t != topic])
+    text = f"First: {prose.news(rng, topic)} Second: {prose.news(rng, other)}"
+    return _classified(text, label, ALIKE, "{text}\nOne page:")
+
+
 def _animals(rng: random.Random, split: str) -> Example:
     label = rng.randrange(5)
     words = rng.sample(lx.ANIMALS, label) + rng.sample(lx.THINGS, rng.choice((5, 6, 7)) - label)
     rng.shuffle(words)
     return _classified(" ".join(words), label, tuple(lx.NUMBERS[:5]), "Words: {text}\nAnimals:")
+
+
+def _most(rng: random.Random, split: str) -> Example:
+    label = rng.randrange(3)
+    pools = (lx.ANIMALS, lx.COLOURS, lx.THINGS)
+    words = [w for i, pool in enumerate(pools) for w in rng.sample(pool, 3 if i == label else 2)]
+    rng.shuffle(words)
+    return _classified(" ".join(words), label, MOST, "Words: {text}\nMost:")
 
 
 def _velan_topic(rng: random.Random, split: str) -> Example:
@@ -334,7 +351,9 @@ ALL: tuple[Task, ...] = (
     Task("verdicts", "classification", "accuracy", "Are three judgements all bad, mixed or all good?", _verdicts, BALANCE, seed=19),
     Task("guests", "classification", "accuracy", "Two reviews: is none, one or each of the guests pleased?", _guests, PLEASED, seed=20),
     Task("better", "classification", "accuracy", "Two reviews: which of the guests liked it better?", _better, HAPPIER, seed=21),
+    Task("pages", "classification", "accuracy", "Do two news items belong on one page, being about the same topic?", _pages, ALIKE, seed=23),
     Task("animals", "classification", "accuracy", "How many of five to seven words are animals?", _animals, tuple(lx.NUMBERS[:5]), seed=22),
+    Task("most", "classification", "accuracy", "Of seven words, are most animals, colours or things?", _most, MOST, seed=24),
     Task("velan_tags", "tagging", "token_accuracy", "Tag each word of a Velan sentence.", _velan_tags, velan.TAGS, seed=14, sizes=(1000, 200, 300)),
     Task("bank_text", "generation", "perplexity", "Banking prose: a domain that pretraining never reads.", _text(domains.bank_text), seed=15, sizes=(1000, 100, 200)),
     Task("clinic_text", "generation", "perplexity", "A clinic's files: a domain that pretraining never reads.", _text(domains.clinic_text), seed=16, sizes=(1000, 100, 200)),

@@ -12,7 +12,7 @@ from pefttutor import models
 
 SHIPPED = pretrain.shipped()
 PARAMETERS = {
-    "campus-nano": 1_202_560,
+    "campus-nano-2": 1_202_560,
     "campus-small": 5_622_784,
     "campus-base": 14_192_000,
     "campus-encoder": 3_490_304,
@@ -34,22 +34,23 @@ def test_plain_transformers_loads_the_same_model(name):
 
 
 def test_causal_models_have_the_biases_that_bitfit_needs():
-    model, _ = models.load("campus-nano")
+    model, _ = models.load("campus-nano-2")
     names = dict(model.named_parameters())
     assert all(f"model.layers.0.self_attn.{p}_proj.bias" in names for p in "qkvo")
     assert all(f"model.layers.0.mlp.{p}_proj.bias" in names for p in ("gate", "up", "down"))
 
 
-def test_all_weights_together_stay_below_fifty_megabytes():
+def test_all_weights_together_stay_below_sixty_megabytes():
     files = list(pretrain.MODELS.glob("*/model.safetensors"))
-    assert len(files) == len(SHIPPED)
-    assert sum(f.stat().st_size for f in files) < 50e6
+    tables = "campus-nano"  # until they are trained again with its successor
+    assert {f.parent.name for f in files} == {*SHIPPED, tables}
+    assert sum(f.stat().st_size for f in files) < 60e6
 
 
 def test_larger_models_read_the_world_better_and_a_domain_can_be_learned():
     found = measure.stored()
     nano, small, base = (found[f"held_out//{name}/0"] for name in measure.CAUSAL)
-    assert nano - small > 0.02
+    assert nano - small > 0.01  # small has read a quarter less than nano
     assert small - base > 0.02
     for name in ("bank_text", "clinic_text", "velan_text"):
         pairs = [found[f"domain/{name}/{measure.TUNED}/{seed}"] for seed in measure.SEEDS]
@@ -86,20 +87,26 @@ def test_small_is_fine_tuned_in_less_than_a_minute():
     assert all(run["train_s"] < 60 and run["score"] > 0.9 for run in runs)
 
 
-def test_adapting_inside_beats_a_trained_head_on_at_least_five_tasks():
-    gaps = [_mean("full", t.name, measure.TUNED) - _mean("probe", t.name, measure.TUNED) for t in SCORED]
-    assert sum(gap > 0.15 for gap in gaps) >= 5
+@pytest.mark.parametrize("model", measure.GAPS)
+def test_on_six_tasks_full_fine_tuning_has_room_above_a_converged_head_and_below_the_ceiling(model):
+    gaps = {
+        gap: (_mean("few_head", gap, model), _mean("few_full", gap, model)) for gap in measure.GAPS[model]
+    }
+    real = [gap for gap, (head, full) in gaps.items() if full - head >= 0.15 and 0.75 <= full <= 0.98]
+    pairs = {gap.split("@")[0] for gap in real} & {"paraphrase", "pages", "better", "guests", "entailment"}
+    assert len(real) >= 6, gaps
+    assert len(pairs) >= 2, gaps
 
 
-def test_examples_in_the_context_help_base_on_at_least_four_tasks_and_nano_less():
+def test_examples_in_the_context_help_base_by_twenty_points_on_five_tasks_and_nano_less():
     gain = {
         m: {t: _mean("shots4", t, m) - _mean("shots0", t, m) for t in SPOKEN}
-        for m in ("campus-base", "campus-nano")
+        for m in ("campus-base", measure.TUNED)
     }
-    helped = {model: sum(g > 0.05 for g in gains.values()) for model, gains in gain.items()}
-    assert helped["campus-base"] >= 4
-    assert helped["campus-nano"] < helped["campus-base"]
-    assert sum(gain["campus-nano"].values()) < sum(gain["campus-base"].values())
+    helped = {model: sum(g >= 0.2 for g in gains.values()) for model, gains in gain.items()}
+    assert helped["campus-base"] >= 5
+    assert helped[measure.TUNED] < helped["campus-base"]
+    assert sum(gain[measure.TUNED].values()) < sum(gain["campus-base"].values())
 
 
 def test_the_cards_quote_what_is_stored():
