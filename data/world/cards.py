@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from . import measure, tasks
@@ -42,13 +41,14 @@ edge of those rates a better one may lie beyond. One seed of search and three of
 The in-context rows but those of pages and most, and campus-small's full fine-tuning on animals, velan_topic and verdicts, were
 measured on one H200 in float32, everything else on a CPU.
 
-The three causal sizes read the same two mixtures, half of their time each: documents of the world of which every fourth is a drill, then
-such of which every second is one (`world/rules.py`, `drill`: examples under labels that hold in that document only). They didn't read
-equally much of them: nano 220 million tokens, small 164, base 534, as many as fitted into their time. So what base does beyond
-nano and small isn't due to size alone.
+The three causal sizes read the same two mixtures: first documents of the world of which every fourth is a drill, then such of which
+every second is one (`world/rules.py`, `drill`: examples under labels that hold in that document only). They didn't read equally
+much: {tokens}, the first two and the encoder in 150 seconds (small reached the end of its recipe before), base in 320.
+The second mixture began when half of that time had passed; as a run starts slowly, it is more than half of the tokens, most of all for
+small (44 of 69 shards; nano 53 of 94, base 117 of 227). So what base does beyond nano and small isn't due to size alone.
 
-`campus-nano` is an earlier model of nano's shape, trained on a CPU. The tables of lessons 08 to 12 were made with it; it goes, and
-`campus-nano-2` takes its name, when they are made again. Its card says how it came about.
+`campus-nano` is an earlier model of nano's shape, trained on a CPU. Lessons 00 and 08 to 12 use it, and the tables of 08 to 11 were made
+with it; it goes, and `campus-nano-2` takes its name, when they are made again. Its card says how it came about.
 
 """
 
@@ -66,7 +66,11 @@ def _seconds() -> str:
 
 def _readme() -> str:
     count = len(shipped())
+    read = {
+        name: json.loads((MODELS / name / "training.json").read_text())["tokens"] for name in measure.CAUSAL
+    }
     head = _HEAD.format(
+        tokens=", ".join(f"{name[7:]} {tokens / 1e6:.0f} million tokens" for name, tokens in read.items()),
         models=count,
         tasks=len(tasks.ALL),
         limit=measure.LIMIT,
@@ -91,7 +95,8 @@ def _model_card(name: str) -> str:
     recipe, folder = RECIPES[name], MODELS / name
     weights = (folder / "model.safetensors").read_bytes()
     facts = json.loads((folder / "training.json").read_text())
-    settings = "\n".join(f"- {k}: {v}" for k, v in asdict(recipe).items())
+    causal_only = ("late", "inferable") if recipe.encoder else ()
+    settings = "\n".join(f"- {k}: {v}" for k, v in facts["recipe"].items() if k not in causal_only)
     objective = "masked tokens (20 %)" if recipe.encoder else "the next token"
     shards = " and ".join(f"{n} shards of `{kind}`" for kind, n in facts["shards"].items())
     limit = f" --seconds {facts['budget']:g}" if facts["budget"] else ""
@@ -105,7 +110,7 @@ def _model_card(name: str) -> str:
 {"BertForMaskedLM" if recipe.encoder else "LlamaForCausalLM with biases and tied embeddings"}, float16, {len(weights):,} bytes, sha256 `{hashlib.sha256(weights).hexdigest()}`.
 
 Trained from random weights to predict {objective} of the little world's text: {facts["steps"]:,} steps, {facts["tokens"] / 1e6:.0f} M tokens,
-in {facts["seconds"]} s on one {facts["device"]} (nano, small and encoder side by side, base alone), with torch {facts["torch"]} and
+in {facts["seconds"]} s on one {facts["device"]} (nano, small and the encoder ran side by side, base alone), with torch {facts["torch"]} and
 transformers {facts["transformers"]}. Made by
 
 ```
@@ -113,7 +118,7 @@ python data/build.py --shards /dev/shm/shards --workers 12 &
 python data/build.py --train {name} --device cuda{limit} --shards /dev/shm/shards
 ```
 
-It read {shards} (`world/rows.py`), each drawn from its own seed. Their first documents have the sha256
+It read {shards} (`world/rows.py`), each drawn from its own seed. A sample of all mixtures has the sha256
 `{facts["text_sha256"]}`. {text}
 
 {settings}

@@ -181,7 +181,9 @@ def compute(key: str) -> object:
     if what == "few_head":
         return converged(model, name, int(seed))
     if what == "few_full":
-        return full(model, name, int(seed), rate(name, model) or GAP_RATES[1])
+        if (chosen := rate(name, model)) is None:
+            raise ValueError(f"{key} needs the search first: python data/build.py --measure --only try")
+        return full(model, name, int(seed), chosen)
     if what == "domain":
         return _domain(name, model, int(seed))
     return tuned(_task(name), int(seed), model)

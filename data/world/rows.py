@@ -18,8 +18,8 @@ TOKENIZER = Path(__file__).parents[1] / "models" / "tokenizer.json"
 
 @dataclass(frozen=True)
 class Kind:
-    """One mixture: the seed of its first shard, how many shards all models together read at most, the documents of a shard, and what
-    `corpus.marked_documents` takes; `after`: how many shards of the others are written before its first."""
+    """One mixture: the seed of its first shard, how many shards are written ahead, the documents of a shard, and what
+    `corpus.marked_documents` takes; `after`: how many shards of each other kind are written before its first."""
 
     seed: int
     shards: int
@@ -40,7 +40,7 @@ KINDS = {
 def draw(
     tokenizer: Tokenizer, kind: str, no: int, documents: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shard `no` of a kind, or its first documents: flat token ids, and which of them can be inferred from what stands before."""
+    """Shard `no` of a kind, or one of fewer documents: flat token ids, and which of them can be inferred from what stands before."""
     k = KINDS[kind]
     return corpus.shard(tokenizer, k.seed + no, documents or k.documents, plain=k.plain, drills=k.drills)
 
@@ -80,7 +80,7 @@ class Rows:
         self.rows = self.told = torch.zeros(0, length)
 
     def _shard(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.folder is not None:
+        if self.folder is not None and self.shard_no < KINDS[self.kind].shards:
             path, until = self.folder / self.kind / f"{self.shard_no}.npz", time.monotonic() + self.patience
             while not path.exists() and time.monotonic() < until:
                 time.sleep(0.02)

@@ -3,8 +3,8 @@
 A rule may be an operation (last word, opposite, sorting, a sum), two operations called by names that the block makes up, or a
 classification whose classes get fresh label words in every block. Nothing else names the rule, so the only way to predict an
 answer is to infer it from the examples above it: this is what in-context learning grows from. Ledgers, read twice, come before
-that: whoever can look a line up again has the circuit that the blocks need. Drills, which are most of what the last stage of
-base reads, are blocks of what decides in a word, a clause or a sentence.
+that: whoever can look a line up again has the circuit that the blocks need. Drills, a quarter and then half of what causal models
+read, are blocks of what decides in a word, a clause or a sentence.
 """
 
 import random

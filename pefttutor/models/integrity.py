@@ -12,9 +12,9 @@ def verify(folder: Path) -> None:
     Traceback (most recent call last):
     ValueError: nowhere/SHA256SUMS is missing; restore it with `git checkout -- data/models/SHA256SUMS`
 
-    Raises: ValueError that names a missing, truncated or altered file and the commands that restore it.
+    Raises: ValueError that names a missing, truncated or altered file and the command that restores it.
     """
-    restore = f"`git checkout -- data/models/{folder.name}` or `python data/build.py --train {folder.name}`"
+    restore = f"`git checkout -- data/models/{folder.name}`"
     sums = folder.parent / "SHA256SUMS"
     if not sums.is_file():
         raise ValueError(f"{sums} is missing; restore it with `git checkout -- data/models/SHA256SUMS`")

@@ -132,6 +132,10 @@ def _check(x: Tensor, labels: Tensor, layer: nn.Linear, *, per_text: bool) -> No
 # ---- the convex problem
 
 
+class _Unfinished(RuntimeError):
+    """LBFGS has used up its steps."""
+
+
 def _search(
     seen: dict[str, tuple[Tensor, Tensor]], layer: nn.Linear, name: str, grid: list[float]
 ) -> tuple[Tensor, Tensor, FittedHead]:
@@ -149,8 +153,8 @@ def _search(
         for l2 in [value for value in grid if value not in tried]:
             try:
                 weight, bias, taken = _fitted(*seen["train"], *start, l2, has_bias=layer.bias is not None)
-            except RuntimeError:
-                if not tried:
+            except _Unfinished:
+                if not tried or l2 > min(tried):
                     raise
                 weakest, grid = min(tried), [value for value in grid if value > l2]
                 break
@@ -194,7 +198,7 @@ def _fitted(
     left = max(float(p.grad.abs().max()) for p in free if p.grad is not None)
     steps = optimizer.state[free[0]]["n_iter"]
     if not left <= 100 * GRADIENT:
-        raise RuntimeError(
+        raise _Unfinished(
             f"with l2={l2:g} the gradient is {left:.1e} after {steps} steps, not zero; try a larger l2"
         )
     return weight.detach(), bias.detach(), steps

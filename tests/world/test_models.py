@@ -43,7 +43,7 @@ def test_causal_models_have_the_biases_that_bitfit_needs():
 def test_all_weights_together_stay_below_sixty_megabytes():
     files = list(pretrain.MODELS.glob("*/model.safetensors"))
     tables = "campus-nano"  # until they are trained again with its successor
-    assert {f.parent.name for f in files} == {*SHIPPED, tables}
+    assert {f.parent.name for f in files} == {*PARAMETERS, tables}
     assert sum(f.stat().st_size for f in files) < 60e6
 
 
@@ -54,7 +54,7 @@ def test_larger_models_read_the_world_better_and_a_domain_can_be_learned():
     assert small - base > 0.02
     for name in ("bank_text", "clinic_text", "velan_text"):
         pairs = [found[f"domain/{name}/{measure.TUNED}/{seed}"] for seed in measure.SEEDS]
-        assert all(pair["after"] < 0.5 * pair["before"] for pair in pairs)
+        assert all(pair["after"] < 30 < 3072 < pair["before"] for pair in pairs)
 
 
 def _mean(what: str, task: str, model: str) -> float:

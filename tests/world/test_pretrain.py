@@ -13,6 +13,7 @@ TINY = pretrain.Recipe(16, 2, 2, 24, 0.02, 3e-3, steps=8, rows=2, length=32)
 
 
 def _few_documents(monkeypatch):
+    monkeypatch.setattr(pretrain, "fast_bfloat16", lambda: False)  # which it finds out by the clock
     make = corpus.marked_documents
     monkeypatch.setattr(corpus, "marked_documents", lambda seed, n, **kind: make(seed, min(n, 200), **kind))
 
@@ -47,6 +48,16 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkey
     assert facts["text_sha256"] == pretrain.text_sha256()
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, monkeypatch):
+    _few_documents(monkeypatch)
+    for lr in (0.02, 0.01):
+        monkeypatch.setitem(pretrain.RECIPES, "campus-nano-2", dataclasses.replace(TINY, steps=2, muon_lr=lr))
+        if lr == 0.02:
+            pretrain.train("campus-nano-2", tmp_path, models=tmp_path / "models", compiled=False)
+    with pytest.raises(ValueError, match=r"another recipe.*'muon_lr': 0.01.*--work"):
+        pretrain.train("campus-nano-2", tmp_path, models=tmp_path / "models", compiled=False)
+
+
 def test_a_run_with_a_clock_ends_with_it_and_its_rate_has_fallen(tmp_path, monkeypatch):
     monkeypatch.setitem(pretrain.RECIPES, "campus-nano-2", dataclasses.replace(TINY, steps=10**6))
     _few_documents(monkeypatch)
@@ -57,7 +68,7 @@ def test_a_run_with_a_clock_ends_with_it_and_its_rate_has_fallen(tmp_path, monke
         return rate(step, done, recipe)
 
     monkeypatch.setattr(pretrain, "rate", noted)
-    pretrain.train("campus-nano-2", tmp_path, models=tmp_path, seconds=2.0, compiled=False)
+    pretrain.train("campus-nano-2", tmp_path, models=tmp_path, seconds=6.0, compiled=False)
     assert shares[0] == 1
     assert shares[-1] < 0.1
 
