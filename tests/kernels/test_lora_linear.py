@@ -144,7 +144,6 @@ def test_non_contiguous_tensors_and_conv1d_layout():
     assert_same(run(lora_linear, tensors, weight=stored.t(), x=x, lora_A=lora_A), dense)
 
 
-@LONG
 def test_checkpointing_gives_the_same_gradients():
     tensors = draw(4)
 

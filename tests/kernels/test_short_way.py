@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pefttutor import kernels
-from pefttutor.kernels import lora_linear as lora_kernel
 from pefttutor.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from pefttutor.kernels.fisher import squared_gradients, squared_gradients_reference
 from pefttutor.kernels.flat_entries import read, selected, write
@@ -59,9 +58,8 @@ def test_lora_linear(watched):
     torch.testing.assert_close([ours, *found], [y, *expected])
 
 
-def test_what_is_narrow_is_stored_row_by_row(monkeypatch):
+def test_what_is_narrow_is_stored_row_by_row():
     """x Aᵀ (tokens, r) in the usual order there, and column by column on a CPU."""
-    monkeypatch.setattr(lora_kernel, "SHORT_ON_CUDA", -1)
     y = lora_linear(*lora().values(), 0.5)
     assert y.grad_fn.next_functions  # the last operation is the kernel's
     (narrow,) = (t for t in y.grad_fn.saved_tensors if t.shape == (15, 2))
