@@ -10,8 +10,7 @@ Why the fast version is fast, measured against the same formula left to autograd
 - every product has one side of size r; B A, which is as large as W, is never formed;
 - on a CPU what has r columns is stored column by column: a matrix library computes a few long rows up to four times
   as fast as many short ones;
-- it does little but products: where those are short, what a layer costs is the number of its operations, and autograd's
-  own backward pass, which runs without Python, is faster than a leaner one that needs it;
+- it does little but products: where those are short, what a layer costs is the number of its operations;
 - it keeps x and x Aᵀ for the backward pass and nothing else.
 """
 
@@ -28,9 +27,6 @@ from pefttutor.kernels import threads
 from pefttutor.kernels.precision import shared_dtype
 
 __all__ = ["lora_linear", "lora_linear_reference"]
-
-# Up to so many values a result, Python's part of a step outweighs what it saves of memory traffic.
-SHORT, SHORT_ON_CUDA = 2**18, 2**22
 
 
 def lora_linear_reference(
@@ -65,8 +61,7 @@ def lora_linear(
     A weight stored as (in, out), as GPT-2's Conv1D does, is passed as its view `weight.t()`, at no cost.
     The adapter may be kept in a wider dtype than x (float32 next to bfloat16): it is rounded to x's dtype for the
     products, and its gradient comes back in its own. Under `torch.autocast` everything is rounded to autocast's
-    dtype. Differentiable once; `torch.func` transforms are not supported (use the reference): short results
-    (up to SHORT values), which are left to autograd, could do with both.
+    dtype. Differentiable once; `torch.func` transforms are not supported (use the reference).
 
     Shapes: x (…, in), weight (out, in), bias (out) or None, lora_A (r, in), lora_B (out, r) → (…, out).
     Cost: forward 2·T·(in·out + r·(in + out)) FLOPs for T tokens; backward the same plus 2·T·r·(in + out).
@@ -84,9 +79,6 @@ def lora_linear(
             f"lora_linear: x is {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; expected floating point"
         )
     dtype = shared_dtype("lora_linear", x, weight, bias)
-    short = SHORT_ON_CUDA if threads.short_way(x.device) else SHORT
-    if x.numel() // n_in * n_out <= short and {x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype} == {dtype}:
-        return F.linear(x, weight, bias).add_(F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
     return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dtype)
 
 

@@ -5,22 +5,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pefttutor.kernels import lora_linear as kernel
 from pefttutor.kernels.lora_linear import lora_linear, lora_linear_reference
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
-
-
-@pytest.fixture(autouse=True, params=["short", "long"])
-def length(request, monkeypatch):
-    """Every test on results that autograd differentiates, and on those that the kernel does."""
-    if request.param == "long":
-        for name in ("SHORT", "SHORT_ON_CUDA"):
-            monkeypatch.setattr(kernel, name, -1)
-    return request.param
-
-
-LONG = pytest.mark.parametrize("length", ["long"], indirect=True)  # a short one does as torch's own layers do
 
 
 def draw(*lead, inputs=6, outputs=7, r=3, dtype=torch.float64, trained=("x", "lora_A", "lora_B"), seed=0):
@@ -216,7 +203,6 @@ def test_in_inference_mode():
         )
 
 
-@LONG
 @pytest.mark.usefixtures("way")
 def test_a_backward_pass_within_autocast_is_that_without():
     one, two = draw(20, dtype=torch.float32), draw(20, dtype=torch.float32)
@@ -283,7 +269,6 @@ def test_errors_say_what_was_given_and_expected(changes, error, says):
         lora_linear(*tensors.values(), 0.5)
 
 
-@LONG
 def test_a_second_derivative_is_refused_not_wrong():
     tensors = draw(4)
     y = lora_linear(*tensors.values(), 0.5)
