@@ -65,7 +65,7 @@ def lora_linear(
 
     Shapes: x (…, in), weight (out, in), bias (out) or None, lora_A (r, in), lora_B (out, r) → (…, out).
     Cost: forward 2·T·(in·out + r·(in + out)) FLOPs for T tokens; backward the same plus 2·T·r·(in + out).
-        Kept for the backward pass: x (T·in) and x Aᵀ (T·r); transient: (T·r) and the result itself, a short one twice.
+        Kept for the backward pass: x (T·in) and x Aᵀ (T·r); transient: the result itself and (T·r).
     Raises: ValueError where the shapes don't fit, TypeError where the dtypes don't.
     Source: Hu et al. 2021, LoRA, eq. 3.
     """

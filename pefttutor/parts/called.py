@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.data.trial import ordinary, trial
-from pefttutor.parts.part import owners
+from pefttutor.parts.part import owners_of_each
 
 __all__ = ["check_called", "own_tokens", "read_past"]
 
@@ -46,7 +46,9 @@ def read_past(model: nn.Module, weights: Iterable[Tensor]) -> set[int]:
     A layer that isn't called because this input doesn't need it, such as an expert, isn't meant: its weight leads to
     nothing. Empty for a model that doesn't read tokens, or has no values: there nothing can be seen.
     """
-    holders = {id(w): (w, [module for module, _ in owners(model, w)]) for w in weights}
+    weights = list(weights)
+    owned = owners_of_each(model, weights)
+    holders = {id(w): (w, [module for module, _ in owned[id(w)]]) for w in weights}
     tokens = own_tokens(model)
     if tokens is None:
         return set()

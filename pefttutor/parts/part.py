@@ -95,7 +95,17 @@ class Part:
 
 def owners(model: nn.Module, parameter: Tensor) -> list[Key]:
     """Every module that holds the parameter, and what it calls it: more than one where weights are tied."""
-    return [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is parameter]
+    return owners_of_each(model, [parameter])[id(parameter)]
+
+
+def owners_of_each(model: nn.Module, parameters: Iterable[Tensor]) -> dict[int, list[Key]]:
+    """The `owners` of several parameters, by the parameter's id: the model is walked once."""
+    found: dict[int, list[Key]] = {id(p): [] for p in parameters}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if id(p) in found:
+                found[id(p)].append((module, key))
+    return found
 
 
 def names_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[str]:

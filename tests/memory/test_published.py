@@ -126,9 +126,9 @@ def test_the_cache_of_llama2_7b_is_half_a_mebibyte_a_token():
 
 
 @pytest.mark.parametrize("method", [None, pefttutor.LoRA(r=8), pefttutor.DiffPruning()])
-def test_a_7b_model_without_filling_one(method):
+def test_a_7b_model_in_under_a_second_of_this_process(method):
     small = hf.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     estimate(small, method)  # imports
     before = time.process_time()
     estimate(llama2_7b(), method, weight_dtype="bfloat16")
-    assert time.process_time() - before < 5  # filling 7 billion values takes longer
+    assert time.process_time() - before < 1
