@@ -43,7 +43,11 @@ GAPS = {
     "campus-nano-2": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "better@64", "verdicts@64", "guests@64"),
     "campus-small": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "verdicts@64"),
 }  # fmt: skip
-GAP_STEPS, GAP_RATES, SEARCH_SEED = 375, (3e-4, 1e-3, 3e-3), 100
+GAP_STEPS, SEARCH_SEED = 375, 100
+GAP_RATES, WINDOW = (
+    (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    (1, 3),
+)  # the window is widened while the best lies at its edge
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -134,11 +138,24 @@ def full(name: str, gap: str, seed: int, lr: float, split: str = "test") -> floa
     return pt.evaluate(model, few[split])["accuracy"]
 
 
-def rate(gap: str, model: str) -> float | None:
-    """The learning rate of full fine-tuning with the best validation on a seed of its own, once all have been tried."""
-    keys = [f"try{lr:g}/{gap}/{model}/{SEARCH_SEED}" for lr in GAP_RATES]
-    scores = [stored().get(key) for key in keys]
-    return None if None in scores else GAP_RATES[scores.index(max(scores))]
+def searched(gap: str, model: str) -> tuple[list[str], float | None]:
+    """The runs that the search for full fine-tuning's learning rate needs so far, and its answer once all are there.
+
+    The best validation on a seed of its own decides.
+    """
+    found, (low, high) = stored(), WINDOW
+    while True:
+        keys = [f"try{lr:g}/{gap}/{model}/{SEARCH_SEED}" for lr in GAP_RATES[low : high + 1]]
+        scores = [found.get(key) for key in keys]
+        if None in scores:
+            return keys, None
+        best = low + scores.index(max(scores))
+        if best == low > 0:
+            low -= 1
+        elif best == high < len(GAP_RATES) - 1:
+            high += 1
+        else:
+            return keys, GAP_RATES[best]
 
 
 def _keys() -> list[str]:
@@ -156,10 +173,11 @@ def _keys() -> list[str]:
     ]
     keys += [f"full/{TIMED[1]}/{TIMED[0]}/{s}" for s in SEEDS]
     for m, gaps in GAPS.items():
-        keys += [f"try{lr:g}/{gap}/{m}/{SEARCH_SEED}" for gap in gaps for lr in GAP_RATES]
         keys += [f"few_head/{gap}/{m}/{s}" for gap in gaps for s in SEEDS]
-    for m, gaps in GAPS.items():
-        keys += [f"few_full/{gap}/{m}/{s}" for gap in gaps for s in SEEDS]
+        for gap in gaps:
+            tries, lr = searched(gap, m)
+            keys += tries
+            keys += [f"few{lr:g}/{gap}/{m}/{s}" for s in SEEDS if lr is not None]
     return keys + [
         f"domain/{t.name}/{TUNED}/{s}"
         for t in tasks.ALL
@@ -180,10 +198,8 @@ def compute(key: str) -> object:
         return full(model, name, int(seed), float(what[3:]), "validation")
     if what == "few_head":
         return converged(model, name, int(seed))
-    if what == "few_full":
-        if (chosen := rate(name, model)) is None:
-            raise ValueError(f"{key} needs the search first: python data/build.py --measure --only try")
-        return full(model, name, int(seed), chosen)
+    if what.startswith("few"):
+        return full(model, name, int(seed), float(what[3:]))
     if what == "domain":
         return _domain(name, model, int(seed))
     return tuned(_task(name), int(seed), model)
@@ -213,22 +229,21 @@ def _timed(key: str) -> tuple[object, float]:
 
 def run(only: str = "", *, workers: int = 1) -> None:
     """Compute what is not stored yet (keys that start with `only`) by so many processes, and store each as it comes."""
-    missing = [k for k in _keys() if k.startswith(only) and k not in stored()]
-    waves = (
-        [k for k in missing if not k.startswith("few_full")],
-        [k for k in missing if k.startswith("few_full")],
-    )
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        for wave in waves:  # the second one needs the learning rates that the first one finds
-            asked = {pool.submit(_timed, key): key for key in wave}
+        # What a search has found may ask for more.
+        while missing := [k for k in _keys() if k.startswith(only) and k not in stored()]:
+            asked = {pool.submit(_timed, key): key for key in missing}
             for done in as_completed(asked):
                 value, seconds = done.result()
-                write_atomically(
-                    STORE,
-                    json.dumps(dict(sorted((stored() | {asked[done]: value}).items())), indent=0) + "\n",
-                )
+                _store(stored() | {asked[done]: value})
                 print(f"{asked[done]}: {value} ({seconds:.0f} s)", flush=True)
+    known = set(_keys())
+    _store({key: value for key, value in stored().items() if key in known})
+
+
+def _store(found: dict[str, object]) -> None:
+    write_atomically(STORE, json.dumps(dict(sorted(found.items())), indent=0) + "\n")
 
 
 def stored() -> dict[str, object]:
@@ -246,7 +261,7 @@ def _mean_spread(values: list[float]) -> str:
 
 def _rate(gap: str, model: str) -> str:
     """The chosen learning rate, marked where it is the smallest or the largest tried."""
-    chosen = rate(gap, model)
+    _, chosen = searched(gap, model)
     edge = " (edge)" if chosen in (GAP_RATES[0], GAP_RATES[-1]) else ""
     return "–" if chosen is None else f"{chosen:g}{edge}"
 
@@ -277,7 +292,8 @@ def table() -> str:
             "|---|---|---|---|",
         ]
         for gap in gaps:
-            scores = " | ".join(get(what, gap, model) for what in ("few_head", "few_full"))
+            _, lr = searched(gap, model)
+            scores = " | ".join(get(what, gap, model) for what in ("few_head", f"few{lr or 0:g}"))
             lines.append(f"| {gap} | {scores} | {_rate(gap, model)} |")
     lines += ["", "| model | parameters | perplexity on unseen text of the world |", "|---|---|---|"]
     for name in shipped():

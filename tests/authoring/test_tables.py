@@ -65,7 +65,8 @@ def test_of_equal_rates_the_smaller_one_is_taken(tmp_path):
     assert level.best_rate(("a",), [1, 2, 3], (1, 3), seeds=(7,)) == 1
 
 
-def test_what_has_no_rate_is_run_by_every_seed_and_searched_by_none(data_folder):
+@pytest.mark.parametrize("search_seeds", [[7, 8], [0]])
+def test_what_has_no_rate_is_run_by_every_seed_and_searched_by_none(data_folder, search_seeds):
     script, train = data_folder / "lessons/99/try.py", Trained(2)
     script.write_text("pass")
     where = {"columns": ["way"], "rates": [1, 2, 3], "model": "m", "tasks": ["t"]}
@@ -74,7 +75,12 @@ def test_what_has_no_rate_is_run_by_every_seed_and_searched_by_none(data_folder)
         return train(way, 2 if lr is None else lr, seed)
 
     runs.compare(
-        script, either, {("fitted",): None, ("a",): (1, 2)}, seeds=range(2), search_seeds=[7, 8], **where
+        script,
+        either,
+        {("fitted",): None, ("a",): (1, 2)},
+        seeds=range(2),
+        search_seeds=search_seeds,
+        **where,
     )
     header, rows = runs.read("99/try.jsonl")
     assert [(row["lr"], row["seed"]) for row in rows if row["way"] == "fitted"] == [(None, 0), (None, 1)]

@@ -87,6 +87,20 @@ def test_text_written_ahead_is_the_text_that_is_drawn(tmp_path, monkeypatch):
     assert torch.equal(waited.next()[0], rows.Rows(tokenizer, "late", 2, 64).next()[0])
 
 
+def test_each_shard_is_text_of_its_own_and_rows_go_on_across_them(monkeypatch):
+    tokenizer = Tokenizer.from_file(str(pretrain.MODELS / "tokenizer.json"))
+    for name, kind in rows.KINDS.items():
+        monkeypatch.setitem(rows.KINDS, name, dataclasses.replace(kind, documents=4))
+    texts = [rows.draw(tokenizer, kind, no)[0].tolist() for kind in rows.KINDS for no in range(3)]
+    assert len({tuple(text) for text in texts}) == len(texts)
+    one, other = (rows.Rows(tokenizer, "main", 2, 32) for _ in range(2))
+    read = [one.next() for _ in range(12)]
+    assert one.shard_no > 1
+    other.skip(11)
+    assert all(torch.equal(a, b) for a, b in zip(read[11], other.next(), strict=True))
+    assert (one.shard_no, one.at) == (other.shard_no, other.at)
+
+
 @pytest.mark.parametrize("shapes", [[(24, 16), (16, 24), (24, 16)], [(8, 8)]])
 def test_muon_is_torchs_muon(shapes):
     g = torch.Generator().manual_seed(1)
