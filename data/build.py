@@ -92,10 +92,15 @@ def main() -> int:
 
         corpus.train_tokenizer().save(str(HERE / "models" / "tokenizer.json"))
     if args.train:
+        import torch
         from world import pretrain
 
         if args.train not in pretrain.RECIPES:
             parser.error(f"--train {args.train}: expected one of {', '.join(pretrain.RECIPES)}")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            parser.error(
+                "--device cuda: torch sees no GPU here; take --device cpu, with --seconds for a short run"
+            )
         pretrain.train(args.train, args.work, device=args.device, seconds=args.seconds, shards=args.shards)
     elif args.shards:
         from world import rows

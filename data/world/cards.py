@@ -36,8 +36,9 @@ for what has not been measured yet (`python data/build.py --measure` goes on).
 
 What the frozen features already tell stands in the tables of gaps: a converged head (`pefttutor.fit_head`, its regularisation chosen
 on the validation split) beside full fine-tuning ({gap_steps} steps of 16, the best of the rates {gap_rates} on the validation split of
-another seed), on as many examples as the name says, which a seed draws. At the
-edge of those rates a better one may lie beyond. One seed of search and three of test show where there is room; they don't compare methods.
+another seed), on as many examples as the name says, which a seed draws. Three
+rates are tried, and more while the best lies at their edge; it is marked where it lies at the last of all. One seed of search and three of test show where there is room; they don't
+compare methods. Where ± is large, a seed decides whether the task is learnt at all, as on paraphrase.
 The in-context rows but those of pages and most, and campus-small's full fine-tuning on animals, velan_topic and verdicts, were
 measured on one H200 in float32, everything else on a CPU.
 
@@ -58,7 +59,7 @@ def _seconds() -> str:
     name, task = measure.TIMED
     times = [found[k]["train_s"] for s in measure.SEEDS if (k := f"full/{task}/{name}/{s}") in found]
     return (
-        f"Full fine-tuning of {name} on {task} took {min(times):.0f} to {max(times):.0f} s on one of two busy cores.\n"
+        f"Full fine-tuning of {name} on {task} took {min(times):.0f} to {max(times):.0f} s on one core.\n"
         if times
         else ""
     )

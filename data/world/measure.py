@@ -41,7 +41,7 @@ FULL_LR = 1e-3
 # Where adapting inside can show what it is good for: tasks, and examples of each at which the gap is measured.
 GAPS = {
     "campus-nano-2": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "better@64", "verdicts@64", "guests@64"),
-    "campus-small": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "verdicts@64"),
+    "campus-small": ("animals@256", "most@512", "velan_topic@256", "paraphrase@64", "pages@128", "verdicts@64", "paraphrase@128"),
 }  # fmt: skip
 GAP_STEPS, SEARCH_SEED = 375, 100
 GAP_RATES, WINDOW = (
