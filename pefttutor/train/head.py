@@ -38,6 +38,7 @@ class FittedHead:
         return self.l2 in (min(self.tried), max(self.tried))
 
 
+@torch.inference_mode(mode=False)  # gradients are needed here, whatever the caller has switched off
 def fit_head(
     model: nn.Module,
     train: Sequence[Any],

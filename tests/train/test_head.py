@@ -293,3 +293,15 @@ def test_the_search_ends_where_a_weaker_penalty_has_no_minimum_within_reach(monk
     assert found.l2 == min(found.tried) == 1e-3
     with pytest.raises(RuntimeError, match="try a larger l2"):
         fit_head(model, train, train, l2=(1e-5,))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_caller_may_have_switched_gradients_off(kind, off):
+    free, inside = (HEADS[kind][0]() for _ in range(2))
+    wanted = fit_head(free, texts(40), texts(9))
+    with off():
+        found = fit_head(inside, texts(40), texts(9))
+        assert torch.is_grad_enabled() is False
+    assert found == wanted
+    assert all(torch.equal(a, b) for a, b in zip(free.parameters(), inside.parameters(), strict=True))
