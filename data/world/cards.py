@@ -48,9 +48,6 @@ much: {tokens}, the first two and the encoder in 150 seconds (small reached the 
 The second mixture began when half of that time had passed; as a run starts slowly, it is more than half of the tokens, most of all for
 small (44 of 69 shards; nano 53 of 94, base 117 of 227). So what base does beyond nano and small isn't due to size alone.
 
-`campus-nano` is an earlier model of nano's shape, trained on a CPU. Lessons 00 and 08 to 12 use it, and the tables of 08 to 11 were made
-with it; it goes, and `campus-nano-2` takes its name, when they are made again. Its card says how it came about.
-
 """
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = ["Row", "Table", "compare", "digests", "provenance"]
 
 Row = dict[str, Any]
 Train = Callable[..., Mapping[str, float]]
+Window = tuple[float, float]
 PROCESSES = (
     "PEFTTUTOR_PROCESSES"  # runs trained at a time; without it as many as there are cores, at most two
 )
@@ -96,6 +98,11 @@ class Table:
         kept = [json.loads(line) for line in lines[1:]] if lines and json.loads(lines[0]) == header else []
         self.rows = {tuple(row[name] for name in self.columns): row for row in kept}
         self._writing = Lock()
+        self.map: Callable[..., Iterable[Any]] = map  # or that of an executor: how `all` trains
+
+    def all(self, keys: Iterable[tuple[Any, ...]]) -> None:
+        """Train what is missing of these, as many at a time as `map` has workers."""
+        list(self.map(self.__getitem__, keys))
 
     def __getitem__(self, key: tuple[Any, ...]) -> Row:
         if key not in self.rows:
@@ -117,25 +124,40 @@ class Table:
         self.rows = dict(sorted(self.rows.items(), key=lambda item: order[item[0]]))
         self._write()
 
-    def best_rate(
-        self, case: tuple[Any, ...], rates: Sequence[float], window: tuple[float, float], seeds: Sequence[int]
-    ) -> float:
-        """The learning rate with the best mean validation over the seeds; the smaller one if two are equal.
+    def best_rates(
+        self,
+        case: tuple[Any, ...],
+        rates: Sequence[float],
+        windows: Sequence[Window | None],
+        seeds: Sequence[int],
+    ) -> tuple[float | None, ...]:
+        """The learning rate of each phase with the best mean validation over the seeds; the smaller of two equal ones.
 
-        window: the first and the last of `rates` to try; widened as long as the best lies at its edge.
+        windows: of each phase the first and the last of `rates` to try, or None for a phase that has no rate. All
+        pairs are tried where there are two phases. A window is widened as long as the best lies at its edge.
         """
-        low, high = (rates.index(rate) for rate in window)
+        spans = [None if w is None else (rates.index(w[0]), rates.index(w[1])) for w in windows]
         while True:
-            sums = [
-                sum(self[*case, rate, seed]["validation"] for seed in seeds) for rate in rates[low : high + 1]
+            sides = [[None] if span is None else rates[span[0] : span[1] + 1] for span in spans]
+            grid = list(product(*sides))
+            self.all((*case, *tried, seed) for tried in grid for seed in seeds)
+            sums = [sum(self[*case, *tried, seed]["validation"] for seed in seeds) for tried in grid]
+            best = grid[sums.index(max(sums))]
+            wider = [
+                span and _wider(span, rates.index(rate), len(rates) - 1)
+                for span, rate in zip(spans, best, strict=True)
             ]
-            highest = low + sums.index(max(sums))
-            if highest == low > 0:
-                low -= 1
-            elif highest == high < len(rates) - 1:
-                high += 1
-            else:
-                return rates[highest]
+            if wider == spans:
+                return best
+            spans = wider
+
+
+def _wider(span: tuple[int, int], best: int, last: int) -> tuple[int, int]:
+    """One place more on the side where the best lies at the edge."""
+    low, high = span
+    if best == low > 0:
+        return low - 1, high
+    return low, high + (best == high < last)
 
 
 # ---- several at a time
@@ -168,7 +190,7 @@ def _workers(train: Train) -> Iterator[tuple[Train, int]]:
 def compare(
     script: Path | str,
     train: Train,
-    cases: Mapping[tuple[Any, ...], tuple[float, float] | None],
+    cases: Mapping[tuple[Any, ...], Window | Sequence[Window | None] | None],
     *,
     columns: Sequence[str],
     rates: Sequence[float],
@@ -176,6 +198,7 @@ def compare(
     search_seeds: Sequence[int],
     model: str,
     tasks: Sequence[str],
+    phases: Sequence[str] = ("lr",),
     **settings: Any,
 ) -> None:
     """Run every case at its own learning rate with every seed; the table stands beside the script, as its name.jsonl.
@@ -186,18 +209,30 @@ def compare(
     None for what has no rate, such as a head that is fitted to its end.
     columns: the names of a case's parts. The search looks at validation and search_seeds only. If the script itself
     defines `train`, two processes work side by side (PEFTTUTOR_PROCESSES), each on one core.
+    phases: the names of the learning rates where ways have several, such as ("first_lr", "lr"); then
+    train(*case, first_lr, lr, seed), and a case has a window or None for each.
     """
-    settings |= {"seeds": list(seeds), "search_seeds": list(search_seeds)}
+    settings |= {"seeds": list(seeds), "search_seeds": list(search_seeds), "phases": list(phases)}
     header = provenance(Path(script), model=model, tasks=tasks, **settings)
 
     def finish(case: tuple[Any, ...]) -> None:
-        window = cases[case]
-        rate = None if window is None else table.best_rate(case, rates, window, search_seeds)
-        for seed in seeds:
-            table[*case, rate, seed]
+        given = cases[case]
+        windows: Any = [given] if len(phases) == 1 else given or [None] * len(phases)
+        nothing = (None,) * len(phases)
+        chosen = table.best_rates(case, rates, windows, search_seeds) if any(windows) else nothing
+        table.all((*case, *chosen, seed) for seed in seeds)
 
-    with _workers(train) as (run, count), ThreadPoolExecutor(count) as threads:
-        table = Table(Path(script).with_suffix(".jsonl"), header, (*columns, "lr", "seed"), run)
+    with (
+        _workers(train) as (run, count),
+        ThreadPoolExecutor(count) as runs,
+        ThreadPoolExecutor(len(cases)) as threads,
+    ):
+        table = Table(Path(script).with_suffix(".jsonl"), header, (*columns, *phases, "seed"), run)
+        table.map = runs.map
         list(threads.map(finish, cases))
-    everyone = dict.fromkeys([*search_seeds, *seeds])
-    table.sort((*case, rate, seed) for case in cases for rate in (None, *rates) for seed in everyone)
+    place = {case: i for i, case in enumerate(cases)}
+    order = {seed: i for i, seed in enumerate(dict.fromkeys([*search_seeds, *seeds]))}
+    n = len(columns)
+    table.sort(
+        sorted(table.rows, key=lambda key: (place[key[:n]], [r or 0.0 for r in key[n:-1]], order[key[-1]]))
+    )

@@ -65,11 +65,11 @@ def searched(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[flo
     {0.1: 0.85, 0.2: 0.95}
     """
     seeds, found = set(header["search_seeds"]), {}
-    for case, by_rate in _by_rate(rows).items():
+    for case, by_rate in _by_rate(header, rows).items():
         found[case] = {
-            rate: sum(by_seed[seed]["validation"] for seed in seeds) / len(seeds)
-            for rate, by_seed in sorted(by_rate.items(), key=lambda item: item[0] or 0.0)
-            if rate is not None and seeds <= set(by_seed)
+            rate: sum(by_seed[seed]["validation"] for seed in header["search_seeds"]) / len(seeds)
+            for rate, by_seed in sorted(by_rate.items(), key=lambda item: _order(item[0]))
+            if any(_order(rate)) and seeds <= set(by_seed)
         }
     return found
 
@@ -84,11 +84,11 @@ def best(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
     Raises: ValueError for a table that was stopped before its end.
     """
-    cases, chosen = _by_rate(rows), {}
+    cases, chosen = _by_rate(header, rows), {}
     for case, tried in searched(header, rows).items():
-        # Of equal ones the first, which is the smaller. None is also the rate of what has none.
-        rate = max(tried, key=lambda rate: tried[rate]) if tried else None
-        by_seed = cases[case].get(rate, {})
+        # Of equal ones the first, which is the smaller. What has no rate is filed under None for each phase.
+        rate = max(tried, key=lambda rate: tried[rate]) if tried else next(iter(cases[case]))
+        by_seed = cases[case][rate]
         if missing := [seed for seed in header["seeds"] if seed not in by_seed]:
             raise ValueError(
                 f"the table was stopped before its end: {case} at lr={rate} lacks the seeds {missing}; "
@@ -98,14 +98,21 @@ def best(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return chosen
 
 
-def _by_rate(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[Any, dict[int, Row]]]:
-    """Rows by case, which is all that stands before lr, then by rate and seed."""
+def _by_rate(header: Row, rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[Any, dict[int, Row]]]:
+    """Rows by case, which is all that stands before the learning rates, then by rate (several: a tuple) and seed."""
+    phases = header.get("phases", ["lr"])
     cases: dict[tuple[Any, ...], dict[Any, dict[int, Row]]] = {}
     for row in rows:
         names = list(row)
-        case = tuple(row[name] for name in names[: names.index("lr")])
-        cases.setdefault(case, {}).setdefault(row["lr"], {})[row["seed"]] = row
+        case = tuple(row[name] for name in names[: names.index(phases[0])])
+        rate = row["lr"] if len(phases) == 1 else tuple(row[name] for name in phases)
+        cases.setdefault(case, {}).setdefault(rate, {})[row["seed"]] = row
     return cases
+
+
+def _order(rate: Any) -> list[float]:
+    """What to sort a rate by; zeros alone for what has none."""
+    return [one or 0.0 for one in (rate if isinstance(rate, tuple) else (rate,))]
 
 
 def scores(model: Any, name: str, task: str) -> dict[str, float]:

@@ -55,14 +55,62 @@ def test_a_row_made_under_another_header_is_trained_again(tmp_path):
 def test_the_search_leaves_the_window_only_where_the_best_lies_at_its_edge(tmp_path, best):
     train = Trained(best)
     rates = [1, 2, 3, 4, 5, 6]
-    assert table(tmp_path / "try.jsonl", train).best_rate(("a",), rates, (3, 4), seeds=(7, 8)) == best
+    assert table(tmp_path / "try.jsonl", train).best_rates(("a",), rates, [(3, 4)], seeds=(7, 8)) == (best,)
     tried = {lr for _, lr, _ in train.calls}
     assert tried == set(range(min(3, best - 1) or 1, max(4, min(best + 1, 6)) + 1)) & set(rates)
 
 
 def test_of_equal_rates_the_smaller_one_is_taken(tmp_path):
     level = table(tmp_path / "try.jsonl", lambda way, lr, seed: {"validation": 0.5})
-    assert level.best_rate(("a",), [1, 2, 3], (1, 3), seeds=(7,)) == 1
+    assert level.best_rates(("a",), [1, 2, 3], [(1, 3)], seeds=(7,)) == (1,)
+
+
+class Phases:
+    """The best rate of the second phase depends on the first one's; both lie outside of the windows."""
+
+    columns = ("way", "first_lr", "lr", "seed")
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, way, first_lr, lr, seed):
+        self.calls.append((way, first_lr, lr, seed))
+        first = 3 if first_lr is None else first_lr
+        return {"validation": -((lr - 6) ** 2) - (first - 3) ** 2 - (lr - 2 * first) ** 2, "test": 0.0}
+
+
+def test_rates_of_two_phases_are_searched_together(tmp_path):
+    train = Phases()
+    found = runs.Table(tmp_path / "try.jsonl", HEADER, train.columns, train)
+    rates = list(range(1, 9))
+    assert found.best_rates(("a",), rates, [(1, 2), (1, 3)], seeds=(7, 8)) == (3, 6)
+    assert found.best_rates(("b",), rates, [None, (1, 3)], seeds=(7, 8)) == (None, 6)
+    assert len(train.calls) == len(set(train.calls)) < 2 * 8 * 8
+    assert {first for way, first, *_ in train.calls if way == "b"} == {None}
+
+
+def test_the_lesson_reads_a_table_of_two_phases(data_folder):
+    script = data_folder / "lessons/99/try.py"
+    script.write_text("pass")
+    windows = {("a",): [(1, 2), (1, 3)], ("b",): [None, (1, 3)], ("fitted",): None}
+    either = Phases()
+
+    def train(way, first_lr, lr, seed):
+        return either(way, first_lr, lr or 0, seed)
+
+    runs.compare(
+        script, train, windows, columns=["way"], rates=list(range(1, 9)), seeds=range(2), search_seeds=[7, 8],
+        model="m", tasks=["t"], phases=["first_lr", "lr"],
+    )  # fmt: skip
+    header, rows = runs.read("99/try.jsonl")
+    chosen = {
+        case: {(r["first_lr"], r["lr"]) for r in found} for case, found in runs.best(header, rows).items()
+    }
+    assert chosen == {("a",): {(3, 6)}, ("b",): {(None, 6)}, ("fitted",): {(None, None)}}
+    assert max(runs.searched(header, rows)["a",].items(), key=lambda item: item[1]) == ((3, 6), 0.0)
+    del rows[-1]
+    with pytest.raises(ValueError, match=r"\('fitted',\) at lr=\(None, None\) lacks the seeds \[1\]"):
+        runs.best(header, rows)
 
 
 @pytest.mark.parametrize("search_seeds", [[7, 8], [0]])

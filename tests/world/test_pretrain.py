@@ -20,13 +20,13 @@ def _few_documents(monkeypatch):
 
 @pytest.mark.parametrize("encoder", [False, True])
 def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch, encoder):
-    monkeypatch.setitem(pretrain.RECIPES, "campus-nano-2", dataclasses.replace(TINY, encoder=encoder))
+    monkeypatch.setitem(pretrain.RECIPES, "campus-nano", dataclasses.replace(TINY, encoder=encoder))
     _few_documents(monkeypatch)
 
     def train(run):
         folder = tmp_path / run
-        pretrain.train("campus-nano-2", folder, models=folder, compiled=False, every=1, save_every=0)
-        return load_file(folder / "campus-nano-2/checkpoint.safetensors")
+        pretrain.train("campus-nano", folder, models=folder, compiled=False, every=1, save_every=0)
+        return load_file(folder / "campus-nano/checkpoint.safetensors")
 
     whole = train("whole")
 
@@ -42,7 +42,7 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkey
     parts = train("parts")
     assert whole.keys() == parts.keys()
     assert not [k for k in whole if not torch.equal(whole[k], parts[k])]
-    facts = json.loads((tmp_path / "parts/campus-nano-2/training.json").read_text())
+    facts = json.loads((tmp_path / "parts/campus-nano/training.json").read_text())
     assert facts["steps"] == 8
     assert facts["tokens"] == 8 * 2 * 32
     assert facts["text_sha256"] == pretrain.text_sha256()
@@ -51,15 +51,15 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(tmp_path, monkey
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, monkeypatch):
     _few_documents(monkeypatch)
     for lr in (0.02, 0.01):
-        monkeypatch.setitem(pretrain.RECIPES, "campus-nano-2", dataclasses.replace(TINY, steps=2, muon_lr=lr))
+        monkeypatch.setitem(pretrain.RECIPES, "campus-nano", dataclasses.replace(TINY, steps=2, muon_lr=lr))
         if lr == 0.02:
-            pretrain.train("campus-nano-2", tmp_path, models=tmp_path / "models", compiled=False)
+            pretrain.train("campus-nano", tmp_path, models=tmp_path / "models", compiled=False)
     with pytest.raises(ValueError, match=r"another recipe.*'muon_lr': 0.01.*--work"):
-        pretrain.train("campus-nano-2", tmp_path, models=tmp_path / "models", compiled=False)
+        pretrain.train("campus-nano", tmp_path, models=tmp_path / "models", compiled=False)
 
 
 def test_a_run_with_a_clock_ends_with_it_and_its_rate_has_fallen(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretrain.RECIPES, "campus-nano-2", dataclasses.replace(TINY, steps=10**6))
+    monkeypatch.setitem(pretrain.RECIPES, "campus-nano", dataclasses.replace(TINY, steps=10**6))
     _few_documents(monkeypatch)
     shares = []
 
@@ -68,7 +68,7 @@ def test_a_run_with_a_clock_ends_with_it_and_its_rate_has_fallen(tmp_path, monke
         return rate(step, done, recipe)
 
     monkeypatch.setattr(pretrain, "rate", noted)
-    pretrain.train("campus-nano-2", tmp_path, models=tmp_path, seconds=6.0, compiled=False)
+    pretrain.train("campus-nano", tmp_path, models=tmp_path, seconds=6.0, compiled=False)
     assert shares[0] == 1
     assert shares[-1] < 0.1
 
