@@ -87,15 +87,18 @@ class Table:
     >>> row
     {'lr': 0.1, 'seed': 0, 'validation': 0.9, 'seconds': 0.0}
 
-    path: the file, whose rows are kept if its header is this one. columns: the names of train's arguments.
+    path: the file, whose rows are kept if its header is this one; if only the versions differ, it then names both.
+    columns: the names of train's arguments.
     train(*key) → {name: number}, rounded to six digits. Beside it stands how many seconds it took.
     """
 
     def __init__(self, path: Path, header: Row, columns: Sequence[str], train: Train) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
         header = json.loads(json.dumps(header))  # as a file gives it back: names are strings, tuples lists
+        kept = []
+        if lines and (both := _continued(json.loads(lines[0]), header)):
+            header, kept = both, [json.loads(line) for line in lines[1:]]
         self.path, self.columns, self.train, self.header = path, tuple(columns), train, json.dumps(header)
-        kept = [json.loads(line) for line in lines[1:]] if lines and json.loads(lines[0]) == header else []
         self.rows = {tuple(row[name] for name in self.columns): row for row in kept}
         self._writing = Lock()
         self.map: Callable[..., Iterable[Any]] = map  # or that of an executor: how `all` trains
@@ -158,6 +161,23 @@ def _wider(span: tuple[int, int], best: int, last: int) -> tuple[int, int]:
     if best == low > 0:
         return low - 1, high
     return low, high + (best == high < last)
+
+
+def _continued(before: Row, now: Row) -> Row | None:
+    """The header of a table that another Python or torch goes on with: it names both. None if more has changed."""
+
+    def rest(header: Row) -> Row:
+        return {name: value for name, value in header.items() if name not in ("python", "versions")}
+
+    def named(then: str, here: str) -> str:
+        return then if here in then.split(" and ") else f"{then} and {here}"
+
+    if rest(before) != rest(now):
+        return None
+    then, here = before.get("versions", {}), now.get("versions", {})
+    versions = {name: named(then.get(name, value), value) for name, value in here.items()}
+    python = named(before.get("python", ""), now.get("python", ""))
+    return now | ({"python": python, "versions": versions} if here else {})
 
 
 # ---- several at a time

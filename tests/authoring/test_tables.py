@@ -51,6 +51,15 @@ def test_a_row_made_under_another_header_is_trained_again(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_another_torch_goes_on_with_a_table_whose_header_then_names_both(tmp_path):
+    train, path = Trained(2), tmp_path / "try.jsonl"
+    for torch, way in (("2.11.0", "a"), ("2.13.0", "b"), ("2.11.0", "b")):
+        table(path, train, HEADER | {"python": "3.11.2", "versions": {"torch": torch}})[way, 1, 0]
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert header == HEADER | {"python": "3.11.2", "versions": {"torch": "2.11.0 and 2.13.0"}}
+    assert (len(rows), len(train.calls)) == (2, 2)
+
+
 @pytest.mark.parametrize("best", [1, 2, 3, 4, 5, 6])
 def test_the_search_leaves_the_window_only_where_the_best_lies_at_its_edge(tmp_path, best):
     train = Trained(best)
