@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pefttutor.kernels import threads
-from pefttutor.kernels.precision import shared_dtype
+from pefttutor.kernels.precision import compute_dtype, shared_dtype
 
 __all__ = ["lora_linear", "lora_linear_reference"]
 
@@ -85,8 +85,8 @@ def lora_linear(
 class _LoRALinear(torch.autograd.Function):
     """The formula and its gradients, in products of 2-D tensors, (tokens, features).
 
-    Every product goes into a place that is given. Autocast leaves such alone: what is computed depends on the one
-    around the forward pass, and not on any around the backward pass.
+    On a GPU, and for a small layer anywhere, what costs time is not the products but giving the orders for them. So
+    what is rarely needed (a cast, a switch of autocast or of the gradient's own gradient) is asked for, and not done.
     """
 
     @staticmethod
@@ -103,60 +103,75 @@ class _LoRALinear(torch.autograd.Function):
         _, needs_weight, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         ctx.scaling, ctx.x_dtype, ctx.x_shape = scaling, x.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        x, W, shift, A, B = _converted(dtype, x, weight, bias, lora_A, lora_B)
-        tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = tokens.new_empty(tokens.shape[0], W.shape[0])  # (tokens, out)
-        if shift is None:
-            torch.mm(tokens, W.t(), out=y)
-        else:
-            torch.addmm(shift, tokens, W.t(), out=y)
-        x_A = torch.mm(tokens, A.t(), out=_narrow(tokens, tokens.shape[0], A.shape[0]))  # (tokens, r)
-        y.addmm_(x_A, B.t(), alpha=scaling)
+        by_rows = ctx.by_rows = threads.short_way(x.device)
         # The parameters exist anyway; x and x Aᵀ are all that this layer makes the step remember.
-        ctx.save_for_backward(
-            x if needs_A or needs_weight else None, x_A if needs_B else None, weight, lora_A, lora_B
-        )
+        keep = [None, None, weight, lora_A, lora_B]
+        x, W, A, B = _as(dtype, x), _as(dtype, weight), _as(dtype, lora_A), _as(dtype, lora_B)
+        tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        y = (
+            tokens.mm(W.t()) if bias is None else torch.addmm(_as(dtype, bias), tokens, W.t())
+        )  # (tokens, out)
+        x_A = tokens.mm(A.t()) if by_rows else A.mm(tokens.t()).t()  # (tokens, r)
+        y.addmm_(x_A, B.t(), alpha=scaling)
+        if needs_A or needs_weight:
+            keep[0] = x
+        if needs_B:
+            keep[1] = x_A
+        ctx.save_for_backward(*keep)
         return y.view(*ctx.x_shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_A, weight, lora_A, lora_B = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        W, A, B = _converted(grad.dtype, weight, lora_A, lora_B)
-        grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad_W = grad_A = grad_B = None
-        if needs_A or needs_weight:
-            tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if needs_B:  # (out, r)
-            grad_B = _narrow(grad, *B.shape).addmm_(grad.t(), x_A, beta=0, alpha=ctx.scaling)
-        if needs_x or needs_A:  # (tokens, r)
-            through_B = _narrow(grad, grad.shape[0], A.shape[0])
-            through_B.addmm_(grad, B, beta=0, alpha=ctx.scaling)
-        if needs_A:  # (r, in)
-            grad_A = torch.mm(tokens.t(), through_B, out=_narrow(grad, W.shape[1], A.shape[0])).t()
-        if needs_x:  # (tokens, in)
-            grad_x = torch.mm(grad, W, out=grad.new_empty(grad.shape[0], W.shape[1])).addmm_(through_B, A)
-        if needs_weight:  # (out, in)
-            grad_W = torch.mm(grad.t(), tokens, out=torch.empty_like(W))
-        return (
-            None if grad_x is None else grad_x.view(ctx.x_shape).to(ctx.x_dtype),
-            None if grad_W is None else grad_W.to(weight.dtype),
-            grad.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-            None if grad_A is None else grad_A.to(lora_A.dtype),
-            None if grad_B is None else grad_B.to(lora_B.dtype),
-            None,
-            None,
-        )
+        if torch.is_grad_enabled() or compute_dtype(grad) != grad.dtype:
+            return _gradients_once(ctx, grad)
+        return _gradients(ctx, grad)
 
 
-def _converted(dtype: torch.dtype, *tensors: Any) -> list[Any]:
-    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, x_A, weight, lora_A, lora_B = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
+    dtype, scaling = grad.dtype, ctx.scaling
+    grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+    grad_x = grad_W = grad_A = grad_B = None
+    if needs_A or needs_weight:
+        tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    if needs_B:  # (out, r)
+        grad_B = _narrow(ctx, grad, *lora_B.shape).addmm_(grad.t(), x_A, beta=0, alpha=scaling)
+    if needs_x or needs_A:  # (tokens, r)
+        through_B = _narrow(ctx, grad, grad.shape[0], lora_B.shape[1])
+        through_B.addmm_(grad, _as(dtype, lora_B), beta=0, alpha=scaling)
+    if needs_A:  # (r, in)
+        grad_A = through_B.t().mm(tokens)
+    if needs_x:  # (tokens, in)
+        grad_x = grad.mm(_as(dtype, weight)).addmm_(through_B, _as(dtype, lora_A))
+        grad_x = _as(ctx.x_dtype, grad_x.view(ctx.x_shape))
+    if needs_weight:  # (out, in)
+        grad_W = _as(weight.dtype, grad.t().mm(tokens))
+    return (
+        grad_x,
+        grad_W,
+        grad.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+        None if grad_A is None else _as(lora_A.dtype, grad_A),
+        None if grad_B is None else _as(lora_B.dtype, grad_B),
+        None,
+        None,
+    )
 
 
-def _narrow(like: Tensor, rows: int, r: int) -> Tensor:
+@once_differentiable
+def _gradients_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """In the forward pass's dtypes, also within autocast, and without a graph of their own."""
+    with threads.plain(grad.device):
+        return _gradients(ctx, grad)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _narrow(ctx: Any, like: Tensor, rows: int, r: int) -> Tensor:
     """Room for (rows, r). On a CPU each column is a row of memory: a matrix library likes few long rows."""
-    return like.new_empty_strided((rows, r), (r, 1) if threads.short_way(like.device) else (1, rows))
+    return like.new_empty((rows, r)) if ctx.by_rows else like.new_empty_strided((rows, r), (1, rows))
 
 
 def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> str:

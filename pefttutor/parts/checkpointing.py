@@ -50,10 +50,26 @@ def _hooks(embedding: nn.Module, model: nn.Module) -> list[int]:
 
 
 def _require_gradient(model: nn.Module, embedding: nn.Module, args: Any, output: Any) -> None:
-    if not torch.is_grad_enabled():
-        return
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if not torch.is_grad_enabled() or not _checkpoints(model):
         return
     for tensor in output if isinstance(output, (tuple, list)) else (output,):  # Swin's returns a tuple
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
             tensor.requires_grad_(True)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether checkpointing is on anywhere. It is asked in every step, so it must cost less than a layer does.
+
+    A module that lacks an attribute raises an error, with a text; its dictionary and its class just say no.
+    """
+    seen: set[nn.Module] = set()
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is None or module in seen:
+            continue
+        if vars(module).get("gradient_checkpointing", getattr(type(module), "gradient_checkpointing", False)):
+            return True
+        seen.add(module)
+        left.extend(module._modules.values())
+    return False

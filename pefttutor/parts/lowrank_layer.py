@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pefttutor.kernels.lora_linear import lora_linear
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.layer_change import Compute, LayerChange
-from pefttutor.parts.linear import sizes, stored_as
+from pefttutor.parts.linear import sizes, transposed
 
 __all__ = ["LowRank", "draw_factors"]
 
@@ -57,6 +57,7 @@ class LowRank(LayerChange):
     ) -> None:
         self.scaling, self.dropout, self.r = scaling, dropout, factors[0].shape[0]
         self.keys = added_key("lora_A", name), added_key("lora_B", name)
+        self.transposed = transposed(layer)
         weight = next(iter(layer.parameters()), next(iter(layer.buffers()), factors[0]))
         # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
         given = weight.dtype if weight.is_floating_point() else torch.float32
@@ -74,16 +75,17 @@ class LowRank(LayerChange):
         return f"{self.name}: r={self.r}, scaling={self.scaling:g}, merged={self.folded}"
 
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        A, B = self.factors
         layer: Any = self.layer
+        A, B = (getattr(layer, key) for key in self.keys)  # in every step: `factors` takes its time
         if isinstance(layer, nn.Embedding):
             y = inner(x, *args, **kwargs)
             # As in nn.Embedding, the padding row gets no gradient, so it stays as it is.
             rows = F.embedding(x, A.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
             return y + (self.scaling * F.linear(rows, B)).to(y.dtype)
         dropped = self.dropout > 0 and layer.training
-        if own and self.plain and not dropped and layer.weight.is_floating_point():
-            return lora_linear(x, stored_as(layer, layer.weight), layer.bias, A, B, self.scaling)
+        if own and self.plain and not dropped and (weight := layer.weight).is_floating_point():
+            weight = weight.t() if self.transposed else weight
+            return lora_linear(x, weight, layer.bias, A, B, self.scaling)
         y = inner(x, *args, **kwargs)
         # The two branches see different inputs, or the layer's own is computed by other code: nothing to share.
         branch = F.dropout(x, self.dropout) if dropped else x
