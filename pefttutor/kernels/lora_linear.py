@@ -12,6 +12,9 @@ Why the fast version is fast, measured against the same formula left to autograd
   as fast as many short ones;
 - it does little but products: where those are short, what a layer costs is the number of its operations;
 - it keeps x and x Aᵀ for the backward pass and nothing else.
+
+On a GPU only the sum in one output is kept, and the backward pass is autograd's (`_composed`): a small step waits for
+its orders there, and Python gives those of a backward pass more slowly than autograd does.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ def lora_linear(
     A weight stored as (in, out), as GPT-2's Conv1D does, is passed as its view `weight.t()`, at no cost.
     The adapter may be kept in a wider dtype than x (float32 next to bfloat16): it is rounded to x's dtype for the
     products, and its gradient comes back in its own. Under `torch.autocast` everything is rounded to autocast's
-    dtype. Differentiable once; `torch.func` transforms are not supported (use the reference).
+    dtype; a GPU's backward pass within autocast is rounded as a plain layer's is. On a CPU it is differentiable once,
+    and `torch.func` transforms are not supported (use the reference).
 
     Shapes: x (…, in), weight (out, in), bias (out) or None, lora_A (r, in), lora_B (out, r) → (…, out).
     Cost: forward 2·T·(in·out + r·(in + out)) FLOPs for T tokens; backward the same plus 2·T·r·(in + out).
@@ -79,14 +83,27 @@ def lora_linear(
             f"lora_linear: x is {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; expected floating point"
         )
     dtype = shared_dtype("lora_linear", x, weight, bias)
+    if threads.short_way(x.device):
+        return _composed(x, weight, bias, lora_A, lora_B, scaling, dtype)
     return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dtype)
+
+
+def _composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """The formula with both products in one output, and its backward pass left to autograd, which gives a GPU its
+    orders sooner than Python does."""
+    tokens = _as(dtype, x).reshape(-1, x.shape[-1])  # (tokens, in)
+    x_A = F.linear(tokens, _as(dtype, A))  # (tokens, r)
+    y = F.linear(tokens, _as(dtype, weight), None if bias is None else _as(dtype, bias))
+    return y.addmm_(x_A, _as(dtype, B).t(), alpha=scaling).view(*x.shape[:-1], B.shape[0])  # (…, out)
 
 
 class _LoRALinear(torch.autograd.Function):
     """The formula and its gradients, in products of 2-D tensors, (tokens, features).
 
-    On a GPU, and for a small layer anywhere, what costs time is not the products but giving the orders for them. So
-    what is rarely needed (a cast, a switch of autocast or of the gradient's own gradient) is asked for, and not done.
+    For a small layer what costs time is not the products but giving the orders for them. So what is rarely needed (a
+    cast, a switch of autocast or of the gradient's own gradient) is asked for, and not done.
     """
 
     @staticmethod
@@ -103,7 +120,6 @@ class _LoRALinear(torch.autograd.Function):
         _, needs_weight, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         ctx.scaling, ctx.x_dtype, ctx.x_shape = scaling, x.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        by_rows = ctx.by_rows = threads.short_way(x.device)
         # The parameters exist anyway; x and x Aᵀ are all that this layer makes the step remember.
         keep = [None, None, weight, lora_A, lora_B]
         x, W, A, B = _as(dtype, x), _as(dtype, weight), _as(dtype, lora_A), _as(dtype, lora_B)
@@ -111,7 +127,7 @@ class _LoRALinear(torch.autograd.Function):
         y = (
             tokens.mm(W.t()) if bias is None else torch.addmm(_as(dtype, bias), tokens, W.t())
         )  # (tokens, out)
-        x_A = tokens.mm(A.t()) if by_rows else A.mm(tokens.t()).t()  # (tokens, r)
+        x_A = A.mm(tokens.t()).t()  # (tokens, r), column by column
         y.addmm_(x_A, B.t(), alpha=scaling)
         if needs_A or needs_weight:
             keep[0] = x
@@ -136,9 +152,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_A or needs_weight:
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if needs_B:  # (out, r)
-        grad_B = _narrow(ctx, grad, *lora_B.shape).addmm_(grad.t(), x_A, beta=0, alpha=scaling)
+        grad_B = _narrow(grad, *lora_B.shape).addmm_(grad.t(), x_A, beta=0, alpha=scaling)
     if needs_x or needs_A:  # (tokens, r)
-        through_B = _narrow(ctx, grad, grad.shape[0], lora_B.shape[1])
+        through_B = _narrow(grad, grad.shape[0], lora_B.shape[1])
         through_B.addmm_(grad, _as(dtype, lora_B), beta=0, alpha=scaling)
     if needs_A:  # (r, in)
         grad_A = through_B.t().mm(tokens)
@@ -169,9 +185,9 @@ def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _narrow(ctx: Any, like: Tensor, rows: int, r: int) -> Tensor:
-    """Room for (rows, r). On a CPU each column is a row of memory: a matrix library likes few long rows."""
-    return like.new_empty((rows, r)) if ctx.by_rows else like.new_empty_strided((rows, r), (1, rows))
+def _narrow(like: Tensor, rows: int, r: int) -> Tensor:
+    """Room for (rows, r), column by column: a matrix library likes few long rows."""
+    return like.new_empty_strided((rows, r), (1, rows))
 
 
 def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> str:

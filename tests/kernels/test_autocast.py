@@ -116,9 +116,10 @@ def test_what_a_plain_layer_refuses_is_refused(ours, plain, shapes, given, autoc
             ours(**tensors)
 
 
-@pytest.mark.usefixtures("way")
 @KERNELS
-def test_the_backward_pass_may_be_within_autocast_too(ours, plain, shapes):
+def test_the_backward_pass_may_be_within_autocast_too(ours, plain, shapes, way):
+    if way == "short way" and ours is ours_lora:
+        return _check_rounded_as_a_plain_layer_s(draw(shapes, F32, F32))
     for outer in (F32, B16):
         tensors = draw(shapes, outer, outer)
         y = ours(**tensors)
@@ -126,6 +127,16 @@ def test_the_backward_pass_may_be_within_autocast_too(ours, plain, shapes):
         with torch.autocast("cpu", dtype=F16):
             grads.append(torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y)))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def _check_rounded_as_a_plain_layer_s(tensors):
+    """Left to autograd, as on a GPU, LoRA's backward pass within autocast is what a plain layer's is there."""
+    found = []
+    for function in (ours_lora, plain_lora):
+        y = function(**tensors)
+        with torch.autocast("cpu", dtype=F16):
+            found.append(torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y)))
+    assert_like(*found, 0.002)
 
 
 def test_autocast_of_another_device_is_none_here():
