@@ -7,17 +7,14 @@ one that was changed starts again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -25,10 +22,10 @@ from typing import Any
 
 import torch
 
-from pefttutor.models.carriers import root
+from pefttutor.authoring.provenance import provenance
 from pefttutor.saving.files import write_atomically
 
-__all__ = ["Row", "Table", "compare", "digests", "provenance"]
+__all__ = ["Row", "Table", "compare"]
 
 Row = dict[str, Any]
 Train = Callable[..., Mapping[str, float]]
@@ -36,46 +33,6 @@ Window = tuple[float, float]
 PROCESSES = (
     "PEFTTUTOR_PROCESSES"  # runs trained at a time; without it as many as there are cores, at most two
 )
-
-
-def digests(script: Path, model: str, tasks: Iterable[str]) -> Row:
-    """What a table stands on: sha256 of its script and of the model's weights, and the fingerprint of each task.
-
-    What isn't there is "missing".
-    """
-    about = {task: root() / "tasks" / task / "task.json" for task in tasks}
-    return {
-        "script_sha256": _sha256(script),
-        "model_sha256": _sha256(root() / "models" / model / "model.safetensors"),
-        "tasks": {
-            task: json.loads(path.read_text())["fingerprint"] if path.exists() else "missing"
-            for task, path in about.items()
-        },
-    }
-
-
-def provenance(script: Path, *, model: str, tasks: Sequence[str], **settings: Any) -> Row:
-    """The header of the table that `script`, in its lesson's folder of data/lessons, makes with an embedded model.
-
-    >>> script = root() / "lessons" / "09" / "compare_masks.py"
-    >>> provenance(script, model="campus-nano", tasks=("sentiment",), steps=200)["command"]
-    'python data/lessons/09/compare_masks.py'
-    """
-    found = digests(script, model, tasks)
-    return {
-        "command": f"python data/lessons/{script.parent.name}/{script.name}",
-        "script_sha256": found["script_sha256"],
-        "model": model,
-        "model_sha256": found["model_sha256"],
-        "tasks": found["tasks"],
-        **settings,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "pefttutor")},
-    }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
 
 
 class Table:

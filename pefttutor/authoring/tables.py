@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from pefttutor import data, models
-from pefttutor.authoring.runs import Row, Table, compare, digests, provenance
+from pefttutor.authoring.provenance import digests, provenance
+from pefttutor.authoring.runs import Row, Table, compare
 from pefttutor.data.evaluation import evaluate
 from pefttutor.models.carriers import root
 

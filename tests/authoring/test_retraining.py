@@ -70,7 +70,7 @@ def test_a_stopped_table_is_named_and_goes_on(lesson, capsys):
 
 @pytest.mark.parametrize(("file", "what"), [("try.py", "script"), ("../../tasks/t/task.json", "task t")])
 def test_what_a_table_was_made_with_is_named(lesson, file, what):
-    from pefttutor.authoring.runs import provenance
+    from pefttutor.authoring.provenance import provenance
 
     header = provenance(lesson / "try.py", model="m", tasks=["t"], seeds=[0])
     (lesson / "try.jsonl").write_text(

@@ -9,6 +9,7 @@ import pytest
 
 import pefttutor
 from pefttutor.authoring import tables as runs
+from pefttutor.authoring.provenance import digests
 
 HEADER = {"command": "python data/lessons/99/try.py", "seeds": [0, 1], "search_seeds": [7, 8]}
 
@@ -249,3 +250,22 @@ def test_scores_say_what_evaluate_says_and_what_training_forgets():
     assert found["test"] == pefttutor.evaluate(model, splits["test"])["accuracy"]
     assert found["validation"] == pefttutor.evaluate(model, splits["validation"])["accuracy"]
     assert found["forgotten"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ('"""Doc."""\n\n\ndef train(lr):\n    # why\n    return {"x": [lr, 1.0]}\n', True),
+        ('def train(lr):\n    "Other words."\n    return {\n        "x": [lr, 1.0],\n    }\n', True),
+        ('def train(lr):\n    return {"x": [lr, 1.5]}\n', False),
+        ('def train(lr):\n    return {"x": [lr, True]}\n', False),
+        ('def train(lr, /):\n    return {"x": [lr, 1.0]}\n', False),
+    ],
+)
+def test_what_a_script_computes_is_its_provenance_and_not_how_it_is_written(tmp_path, other, same):
+    script = tmp_path / "try.py"
+    script.write_text('"""Its docstring."""\ndef train(lr): return {"x": [lr, 1.0]}\n')
+    before = digests(script, "none", ())
+    script.write_text(other)
+    assert (digests(script, "none", ()) == before) is same
+    assert before["model_sha256"] == "missing"
