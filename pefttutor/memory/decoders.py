@@ -67,7 +67,7 @@ def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
     attention = step.heads(config.n_head, dropout=config.attn_pdrop)
     width = config.n_embd
 
-    def block(tape: Tape, layer: Any, x: Paper) -> Paper:
+    def block(tape: Tape, layer: Any, x: Paper, mask: Paper | None) -> Paper:
         qkv = tape.call(layer.attn.c_attn, tape.call(layer.ln_1, x, "norms"), "attention")
         q, k, v = (qkv.view(width=width) for _ in range(3))
         if config.use_cache and not layer.gradient_checkpointing:
@@ -78,11 +78,12 @@ def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.call(layer.mlp.c_proj, tape.activation(config.activation_function, h, "ffn"), "ffn")
         return x.like(tape.dropout(h, config.resid_pdrop))
 
-    x = tape.call(body.wte, step.ids(step.sequence_length), "embeddings")
+    x = opened(tape, model, tape.call(body.wte, step.ids(step.sequence_length), "embeddings"))
     x = x.like(tape.call(body.wpe, Paper(step.sequence_length, 1, INDEX, False), "embeddings"))
-    x = opened(tape, model, tape.dropout(x, config.embd_pdrop))
+    x = tape.dropout(x, config.embd_pdrop)
+    mask = step.mask(step.sequence_length, step.sequence_length, x.itemsize, causal=True)
     for layer in body.h:
-        x = tape.block(block, layer, x)
+        x = tape.block(block, layer, x, mask=mask)
     return tape.call(body.ln_f, x, "norms")
 
 

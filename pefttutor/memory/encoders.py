@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pefttutor.memory.attention import Attention
@@ -23,7 +24,7 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
     attention = step.heads(config.num_attention_heads, dropout=config.attention_probs_dropout_prob)
     p = config.hidden_dropout_prob
 
-    def block(tape: Tape, layer: Any, x: Paper) -> Paper:
+    def block(tape: Tape, layer: Any, x: Paper, mask: Paper | None) -> Paper:
         inner, out = layer.attention.self, layer.attention.output
         q, k, v = (tape.call(part, x, "attention") for part in (inner.query, inner.key, inner.value))
         h = tape.dropout(tape.call(out.dense, attention(tape, q, k, v), "attention"), p)
@@ -38,8 +39,9 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
     x = x.like(tape.call(e.token_type_embeddings, kinds, "embeddings"))
     x = x.like(tape.call(e.position_embeddings, positions, "embeddings"))
     x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x), "norms"), p)
+    mask = step.mask(step.sequence_length, step.sequence_length, x.itemsize)
     for layer in body.encoder.layer:
-        x = tape.block(block, layer, x)
+        x = tape.block(block, layer, x, mask=mask)
     return x
 
 
@@ -51,7 +53,7 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
     body, config = model.base_model, model.config
     e, conv = body.embeddings, body.embeddings.patch_embeddings.projection
     patches = e.patch_embeddings.num_patches
-    attention = step.heads(
+    attention = replace(step, padding=False).heads(  # pictures are of one size
         config.num_attention_heads,
         dropout=config.attention_probs_dropout_prob,
         float_softmax=True,
@@ -68,10 +70,10 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
         return x.like(tape.dropout(h, p))
 
     pixels = Paper(step.batch_size * patches, conv.weight[0].numel(), conv.weight.element_size(), False)
-    x = tape.call(conv, pixels, "embeddings")
-    grad = tape.trains(*e._parameters.values()) or x.grad
+    x = opened(tape, model, tape.call(conv, pixels, "embeddings"))
+    grad = tape.own(e, "embeddings") or x.grad
     x = x.like(rows=step.batch_size * (patches + 1), grad=grad)
-    x = opened(tape, model, tape.dropout(x, p))
+    x = tape.dropout(x, p)
     for layer in body.layers:
         x = tape.block(block, layer, x)
     return tape.call(body.layernorm, x, "norms")
@@ -113,25 +115,25 @@ def t5(tape: Tape, model: Any, step: Step) -> Paper:
     def stack(part: Any, length: int, states: Paper | None) -> Paper:
         saves_layers = part.block[0].gradient_checkpointing
         bias = tape.trains(*part.block[0].layer[0].SelfAttention.relative_attention_bias.parameters())
-        self_attention = step.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
+        own = replace(step, padding=step.padding and not states)  # padding is that of the text that is read
+        self_attention = own.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
         cross_attention = step.heads(heads, length=length, keys=n, dropout=p, bias=saves_layers)
-        x = opened(tape, model, tape.call(part.embed_tokens, step.ids(length), "embeddings"))
-        # The biases that the first layer passes on to the others: of self-attention, and of cross-attention.
-        shared = [Paper(heads * length, keys, x.itemsize, bias) for keys in (length, n)]
+        x = tape.dropout(opened(tape, model, tape.call(part.embed_tokens, step.ids(length), "embeddings")), p)
 
-        def block(tape: Tape, layer: Any, x: Paper, states: Paper | None, **biases: Paper) -> Paper:
+        def block(tape: Tape, layer: Any, x: Paper, states: Paper | None, **given: Paper | None) -> Paper:
+            if bias and "own" not in given:  # the first layer makes it
+                tape.save(Paper(length, length, INDEX, False), "embeddings")  # the bucket of each distance
             x = attend(tape, layer.layer[0], x, None, self_attention)
             if states:
                 x = attend(tape, layer.layer[1], x, states, cross_attention)
             return feed_forward(tape, layer.layer[-1], x)
 
-        if bias:
-            buckets = Paper(length, length, INDEX, False)  # which bucket each distance falls into
-            tape.save(buckets, "embeddings")
-        x = tape.dropout(x, p)
-        passed_on = {"own": shared[0]} | ({"cross": shared[1]} if states else {})
+        masks = own.mask(length, length, x.itemsize, causal=bool(states)), step.mask(length, n, x.itemsize)
+        given = {"states": states, "mask": masks[0], "cross_mask": masks[1] if states else None}
+        biases = [Paper(heads * length, keys, x.itemsize, bias) for keys in (length, n)]  # the first layer's
+        passed_on = {"own": biases[0], "cross": biases[1] if states else None}
         for i, layer in enumerate(part.block):
-            x = tape.block(block, layer, x, states=states, **(passed_on if i else {}))
+            x = tape.block(block, layer, x, **given, **(passed_on if i else {}))
         return tape.dropout(tape.call(part.final_layer_norm, x, "norms"), p)
 
     return stack(model.decoder, m, stack(model.encoder, n, None))

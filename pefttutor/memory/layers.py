@@ -14,7 +14,7 @@ from pefttutor.memory.paper import FLOAT, Paper
 if TYPE_CHECKING:
     from pefttutor.memory.tape import Tape
 
-__all__ = ["RULES", "plain_rule", "run_alone", "trains"]
+__all__ = ["RULES", "Bare", "plain_rule", "run_alone", "trains"]
 
 _WIDTH = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -94,6 +94,17 @@ def plain_rule(layer: nn.Module) -> Rule | None:
     (True, True)
     """
     return RULES.get(type(layer).__name__) if {*layer._parameters} <= {"weight", "bias"} else None
+
+
+class Bare(nn.Module):
+    """What a module itself holds, what stands in the place of its parameters while it runs, and no layer of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        vars(self).update(vars(module) | {"_modules": {}})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:

@@ -40,6 +40,22 @@ class Step:
             self.batch_size, heads, kv or heads, length, keys, self.attention, masked=masked, **more
         )
 
+    def mask(self, length: int, keys: int, itemsize: int, *, causal: bool = False) -> Paper | None:
+        """Which keys a token may see, where the model makes such a mask and hands it to its layers; None if it doesn't.
+
+        Written-out attention adds a number of `itemsize` bytes, sdpa takes a byte for yes or no. causal: whether
+        written-out attention needs one without padding too.
+
+        >>> step = Step(batch_size=2, sequence_length=16, target_length=16, attention="eager")
+        >>> step.mask(16, 16, 4), step.mask(16, 16, 4, causal=True).numel
+        (None, 512)
+        """
+        if self.attention == "flash_attention_2" or not (
+            self.padding or (causal and self.attention == "eager")
+        ):
+            return None
+        return Paper(self.batch_size * length, keys, itemsize if self.attention == "eager" else 1, False)
+
 
 def opened(tape: Tape, model: Any, x: Paper) -> Paper:
     """What goes into the blocks; under checkpointing, `attach` makes what frozen embeddings give require a gradient.

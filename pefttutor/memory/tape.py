@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from pefttutor.memory.layers import plain_rule, run_alone, trains
+from pefttutor.memory.layers import Bare, plain_rule, run_alone, trains
 from pefttutor.memory.paper import FLOAT, INDEX, KINDS, Paper
 
 __all__ = ["Tape"]
@@ -71,9 +71,15 @@ class Tape:
         return changed[0].trace(layer, x, self, kind) if changed else None
 
     def trains(self, *parameters: Any) -> bool:
-        """Whether one of a module's bare parameters trains, in `module._parameters.values()` those of a method too."""
+        """Whether one of these parameters trains."""
         self.met.update(parameters)
         return any(trains(parameter) for parameter in parameters)
+
+    def own(self, module: nn.Module, kind: str) -> bool:
+        """Whether one of a module's bare parameters trains; keeps what a method makes of them instead."""
+        if "_shadows" in vars(module):
+            run_alone(self, Bare(module), Paper(1, 1, FLOAT, False), kind)
+        return self.trains(*module._parameters.values())
 
     def linear(self, x: Paper, out: int, kind: str, *, weight: bool, bias: bool = False) -> Paper:
         """y = x Wᵀ + b; `weight` and `bias` say whether they train. Keeps x, as a view, where W does."""

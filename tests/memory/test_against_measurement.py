@@ -7,7 +7,8 @@ import pefttutor
 from pefttutor import memory
 from pefttutor.memory.measured import watch_saved
 from pefttutor.train.losses import causal_lm_loss
-from tests.memory.models import KINDS, batch_of, estimated_and_measured, method_of, model_of
+from tests.memory.models import KINDS, batch_of, estimated_and_measured, held, method_of, model_of
+from tests.tiny import checkpointed
 
 GRID = [
     (kind, how, attention, checkpointing)
@@ -20,11 +21,11 @@ GRID = [
 
 
 @pytest.mark.parametrize(("kind", "how", "attention", "checkpointing"), GRID)
-def test_activations_within_ten_percent(kind, how, attention, checkpointing):
+def test_activations_within_two_percent(kind, how, attention, checkpointing):
     case = {"checkpointing": checkpointing, "attention": attention}
     for size in ({"batch_size": 2, "length": 24}, {"batch_size": 3, "length": 40}):
         estimated, saved, _ = estimated_and_measured(kind, how, **case, **size)
-        assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.05)
+        assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])
@@ -32,9 +33,45 @@ def test_activations_within_ten_percent(kind, how, attention, checkpointing):
 def test_dropout_and_sixteen_bits(kind, how):
     estimated, saved, _ = estimated_and_measured(kind, how, dropout=0.1)
     assert estimated.activations["dropout"] > 0
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.05)
+    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.02)
     estimated, saved, _ = estimated_and_measured(kind, how, dtype=torch.bfloat16)
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.05)
+    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "padding", "dropout"),
+    [
+        ("gpt2", True, False, 0.1),
+        ("gpt2", True, True, 0.0),
+        ("bert", True, True, 0.0),
+        ("vit", True, True, 0.1),  # whose pictures are of one size
+        ("t5", True, True, 0.0),
+        ("t5", False, True, 0.0),
+        ("t5", True, False, 0.0),
+    ],
+)
+def test_what_checkpointed_layers_are_given(kind, checkpointing, padding, dropout, attention):
+    """Masks that a model hands to its layers, and the mask of the dropout before the first one; on longer texts."""
+    model, method, batch = (
+        model_of(kind, attention, dropout),
+        method_of(kind, "query and value"),
+        batch_of(kind, 4, 60),
+    )
+    options = {"batch_size": 4, "sequence_length": 60, "attention": attention, "device": "cpu"}
+    if kind == "t5":
+        options["target_length"] = 40
+        batch["labels"] = batch["input_ids"][:, :40].contiguous()
+    estimated = memory.estimate(
+        model, method, gradient_checkpointing=checkpointing, padding=padding, **options
+    )
+    method.attach(model)
+    if checkpointing:
+        checkpointed(model, reentrant=True)
+    if padding and kind != "vit":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, -10:] = 0
+    assert sum(estimated.activations.values()) == pytest.approx(held(model, batch), rel=0.005)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,4 +118,4 @@ def test_the_lean_loss(kind, how, monkeypatch):
 
         monkeypatch.setattr("pefttutor.train.losses.recompute_activations", both)
         causal_lm_loss(model, batch_of(kind, 2, 24)).backward()
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.05)
+    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.02)
