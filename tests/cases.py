@@ -67,6 +67,14 @@ KEYS_AND_FED = {  # IA3's targets, and those whose input is scaled
     "vit": (("k_proj", "v_proj", "fc2"), ("fc2",)),
     "net": (("up", "down"), ("down",)),
 }
+ENDS = {  # of the sublayers: what an adapter is put after
+    "llama": ("o_proj", "down_proj"),
+    "gpt2": ("c_proj",),
+    "bert": ("output.dense",),
+    "t5": ("o", "wo"),
+    "vit": ("o_proj", "fc2"),
+    "net": ("down",),
+}
 MASKED = TARGETS | {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_fc"), "bert": ("query", "dense")}
 SPECIAL = (
     1,
@@ -97,6 +105,12 @@ def of_ia3(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     targets, fed = KEYS_AND_FED[kind]
     on_input = layers(base, fed)
     return {f"{n}.ia3_l": i if n in on_input else o for n, (i, o) in layers(base, targets).items()}
+
+
+def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    m, widths = method.bottleneck, {n: out for n, (_, out) in layers(base, ENDS[kind]).items()}
+    sizes = {"down": lambda d: m * d, "down_bias": lambda d: m, "up": lambda d: m * d, "up_bias": lambda d: d}
+    return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
 def of_diff_pruning(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
@@ -166,7 +180,13 @@ def ia3(kind: str) -> Any:
     return pt.IA3(target_modules=targets, feedforward_modules=fed)
 
 
+def adapter(kind: str) -> Any:
+    """A bare module can't be tried, so it is told where."""
+    return pt.Adapter(bottleneck=3, scaling=2.0, target_modules=ENDS[kind] if kind == "net" else None)
+
+
 CASES = {
+    "Adapter": Case(adapter, of_adapter),
     "AutoFreeze": Case(lambda kind: pt.AutoFreeze(), everything),
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
@@ -209,6 +229,7 @@ CASES = {
 # ---- what a method can't do, and with which error it says so: by architecture, or by what is asked of it
 
 CANNOT = {
+    ("Adapter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     ("BitFit", "t5"): r"BitFit: this model has no bias .*LayerNormTuning",
     ("PASTA", "t5"): r"PASTA reads one text, and a T5ForConditionalGeneration has two",
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",

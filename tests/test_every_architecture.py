@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import pefttutor
 from pefttutor.catalog import methods
+from pefttutor.parts.sublayers import sublayers
 from tests.architectures import ARCHITECTURES, BATCHES, FAMILIES, Architecture
 
 # ---- how a method is set up on an architecture
@@ -48,6 +49,9 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
     known: dict[str, Callable[[], SetUp]] = {
         "LoRA": lambda: SetUp(kind(r=2, target_modules=targets)),
         "LoRA, all-linear": lambda: SetUp(kind(r=1, target_modules="all-linear", lora_dropout=0.1, **saved)),
+        "Adapter": lambda: SetUp(
+            kind(bottleneck=3, scaling=2.0, target_modules=_where_not_found(model, scaled))
+        ),
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
@@ -70,6 +74,15 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         return known[name]()
     fields = getattr(kind, "__dataclass_fields__", {})  # a method that this test doesn't know yet
     return SetUp(kind(target_modules=targets) if "target_modules" in fields else kind())
+
+
+def _where_not_found(model: nn.Module, scaled: tuple[str, ...]) -> tuple[str, ...] | None:
+    """None where the ends of the sublayers are found; else the feed-forward's second layer, or what is near it."""
+    try:
+        sublayers(model)
+    except ValueError:
+        return scaled[-1:]
+    return None
 
 
 def _some_entries(model: nn.Module) -> dict[str, Tensor]:
@@ -186,11 +199,13 @@ class Form:
 
 @dataclass
 class ByHand:
-    """What trains as leaves, by the name it is saved under; the base's weights made of these; PASTA's vectors."""
+    """What trains as leaves, by the name it is saved under; the base's weights made of these; PASTA's vectors; the
+    projections of adapters."""
 
     leaves: dict[str, Tensor]
     weights: dict[str, Tensor]
     vectors: dict[str, Tensor]
+    adapters: dict[str, dict[str, Tensor]]
 
     @classmethod
     def of(cls, model: nn.Module, base: nn.Module) -> ByHand:
@@ -202,6 +217,7 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors = {}, {}
+        adapters: dict[str, dict[str, Tensor]] = {}
         for name, leaf in leaves.items():
             path, _, key = name.rpartition(".")
             full, _, ending = name.rpartition("_")
@@ -229,9 +245,11 @@ class ByHand:
                 made[full] = W[full] + z[0] * z[1] * leaf
             elif key == "special":
                 vectors[path] = leaf
+            elif key.startswith("adapter_"):
+                adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
             elif key != "lora_B" and ending not in ("alpha", "group", "norms"):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
-        return cls(leaves, made, vectors)
+        return cls(leaves, made, vectors, adapters)
 
 
 @contextlib.contextmanager
@@ -255,13 +273,31 @@ def _special(base: nn.Module, vectors: Mapping[str, Tensor], batch: Any, method:
         handle.remove()
 
 
+@contextlib.contextmanager
+def _adapters(base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], method: Any) -> Iterator[None]:
+    """Adapters by hand: what a layer gives, and s times two matrices with GELU between them applied to it."""
+
+    def add(w: Mapping[str, Tensor], layer: nn.Module, args: Any, h: Tensor) -> Tensor:
+        narrow = torch.nn.functional.gelu(h @ w["down"].t() + w["down_bias"])
+        return h + method.scaling * (narrow @ w["up"].t() + w["up_bias"])
+
+    handles = [
+        base.get_submodule(path).register_forward_hook(functools.partial(add, weights))
+        for path, weights in adapters.items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
 def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Dense autograd of the base's own loss, by the name that is saved; zero where nothing leads to the loss."""
     by_hand, inputs = (
         ByHand.of(model, base),
         dict(batch) if "labels" in batch else {**batch, "return_loss": True},
     )
-    with _special(base, by_hand.vectors, batch, pefttutor.adapted(model)):
+    method = pefttutor.adapted(model)
+    with _special(base, by_hand.vectors, batch, method), _adapters(base, by_hand.adapters, method):
         loss = torch.func.functional_call(base, by_hand.weights, args=(), kwargs=inputs).loss
     leaves = by_hand.leaves
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -539,7 +575,7 @@ def check_merging(cell: Cell, model: Any) -> None:
         pefttutor.merge(model)
     except ValueError:
         form.check(model)
-        if cell.method == "PASTA":  # what it adds, no weight can hold
+        if cell.method in ("Adapter", "PASTA"):  # what they add, no weight can hold
             raise NotApplicable("no weight can hold it") from None
         raise
     after = said(model, batch)
@@ -596,6 +632,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     "LoRA": {_NOT_LINEAR: ("ResNet",)},
     "IA3": {_NOT_LINEAR: ("ResNet",)},
+    "Adapter": {_NOT_LINEAR: ("ResNet",)},
     **{name: {_NO_LABELS: ("CLIP",)} for name in ("ChildTuningD", "FishDip", "FishMask", "SecondOrderMask")},
 }
 

@@ -1,6 +1,7 @@
 """Additive methods (chapter 4.2): new parameters on the input, inside of the model, or on its output."""
 
+from pefttutor.additive.inside.adapter import Adapter
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
 
-__all__ = ["IA3", "PASTA"]
+__all__ = ["IA3", "PASTA", "Adapter"]

@@ -68,9 +68,16 @@ def find_modules(
 
 
 def linear_targets(
-    model: nn.Module, target_modules: str | Collection[str], modules_to_save: Collection[str] = ()
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    modules_to_save: Collection[str] = (),
+    *,
+    why_not: Callable[[nn.Module], str | None] = why_not_linear,
+    field: str = "target_modules",
 ) -> dict[str, nn.Module]:
     """The linear layers that `target_modules` means; "all-linear" is all of them but the head and `modules_to_save`.
+
+    why_not: lets others than linear layers in. field: what the error calls `target_modules`.
 
     Raises: ValueError as `find_modules`, and for a layer that is also part of `modules_to_save`.
     """
@@ -81,21 +88,19 @@ def linear_targets(
         past = _read_past(model, found)
         found = {name: layer for name, layer in found.items() if name not in past}
         if not found:
-            raise ValueError(
-                "target_modules is 'all-linear', and this model has no linear layer but its head."
-            )
+            raise ValueError(f"{field} is 'all-linear', and this model has no linear layer but its head.")
         return found
-    found = find_modules(model, target_modules, why_not_linear)
+    found = find_modules(model, target_modules, why_not, field=field)
     for name in _read_past(model, found):
         raise ValueError(
-            f"target_modules: {name!r} can't be adapted: this model reads its weight without calling it, so the change "
+            f"{field}: {name!r} can't be adapted: this model reads its weight without calling it, so the change "
             "would have no effect. Train all of it with modules_to_save, or leave it out."
         )
     for name, layer in found.items():
         path = name.rpartition(".")[0]
         if isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) and _fast_path():
             raise ValueError(
-                f"target_modules: {name!r} can't be adapted: in evaluation nn.TransformerEncoderLayer reads its weight "
+                f"{field}: {name!r} can't be adapted: in evaluation nn.TransformerEncoderLayer reads its weight "
                 "without calling it; switch that off with torch.backends.mha.set_fastpath_enabled(False)."
             )
         if layer in inside:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAUL
     method = _method(about, path)
     check_base(base_of(model, without=tensors), about["base"])
     with restored_on_error(model):
-        _attach(model, _resolved(method, tensors, about["base"]), tensors, name)
+        _attach(model, _resolved(method, tensors, model), tensors, name)
         attachment = find(model, name)
         fresh = attachment.tensors(model)
         _check_tensors(fresh, tensors, path)
@@ -138,7 +137,7 @@ def _attach(model: nn.Module, method: Any, tensors: dict[str, Tensor], name: str
         method.attach(model, name=name)
 
 
-def _resolved(method: Any, tensors: dict[str, Tensor], base: dict[str, Any]) -> Any:
+def _resolved(method: Any, tensors: dict[str, Tensor], model: nn.Module) -> Any:
     """The method with the whole names of its modules in the place of a pattern: a file's pattern is never run.
 
     A regular expression can be made to run for hours. Which layers it meant is known from the tensors.
@@ -150,13 +149,9 @@ def _resolved(method: Any, tensors: dict[str, Tensor], base: dict[str, Any]) -> 
     targets = getattr(method, "target_modules", None)
     if not isinstance(targets, str):
         return method
-    added = [key for key in tensors if key not in base and not _within(key, method.modules_to_save)]
-    names = dict.fromkeys(key.rpartition(".")[0] for key in added)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    names = dict.fromkeys(key.rpartition(".")[0] for key in tensors if key not in own)
     return dataclasses.replace(method, target_modules="|".join(map(re.escape, names)))
-
-
-def _within(key: str, modules: Collection[str]) -> bool:
-    return any(f".{module}." in f".{key}" for module in modules)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

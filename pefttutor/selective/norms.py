@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.freezing import train_fully, whole
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.norms import norm_parameters
 from pefttutor.parts.settings import check_names
 
 __all__ = ["LayerNormTuning"]
@@ -51,22 +52,10 @@ class LayerNormTuning:
         return sum(sizes[name] for name in self._norms(model))
 
     def _norms(self, model: nn.Module) -> list[str]:
-        layers = [layer for layer in model.modules() if _is_norm(layer)]
-        norms = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-        base = set(whole(model))
-        names = [name for name, p in model.named_parameters() if id(p) in norms and name in base]
+        names = norm_parameters(model)
         if not names:
             kinds = sorted({type(layer).__name__ for layer in model.modules()})
             raise ValueError(
                 f"LayerNormTuning: no LayerNorm or RMSNorm with weights of its own among {', '.join(kinds)}."
             )
         return names
-
-
-def _is_norm(layer: nn.Module) -> bool:
-    """Whether it scales and shifts each token's features by vectors, whatever its author calls it (gated, NoNorm)."""
-    vectors = [p for p in layer._parameters.values() if p is not None]
-    named = "norm" in type(layer).__name__.lower() and not any(layer.children())
-    if not named or not vectors or "running_mean" in layer._buffers:
-        return False
-    return all(p.dim() == 1 for p in vectors)

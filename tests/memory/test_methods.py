@@ -119,6 +119,33 @@ def test_pasta_trains_from_the_first_block_on(kind, saved, checkpointing):
     assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [("llama", True), ("gpt2", False), ("bert", False), ("t5", False), ("vit", False)],
+)
+def test_bottleneck_adapters_keep_what_their_projections_read(kind, placement, checkpointing):
+    model = model_of(kind)
+    method = pefttutor.Adapter(placement=placement, bottleneck=16, activation="gelu", scaling=2.0)
+    options = OPTIONS | {"target_length": TARGET_LENGTH, "gradient_checkpointing": checkpointing}
+    estimated = memory.estimate(model, method, **options)
+    method.attach(model)
+    if checkpointing:
+        checkpointed(model, reentrant=True)
+    measured = held(model, batch_of(kind, 2, 24))
+    assert estimated.trained == sum(pefttutor.trainable(model).values())
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("fields", [{"activation": "relu"}, {"target_modules": ("output.LayerNorm",)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_next_to_half_precision_and_at_a_norm(fields, dtype):
+    model = pefttutor.Adapter(bottleneck=16, **fields).attach(model_of("bert", dtype=dtype))
+    estimated = memory.estimate(model, **OPTIONS)
+    measured = held(model, batch_of("bert", 2, 24, dtype))
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["BitFit", "DiffPruning"])
 def test_methods_that_reach_the_patches_of_a_picture(name, checkpointing):
