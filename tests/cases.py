@@ -162,6 +162,14 @@ def every_third(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, 
     return ({n: torch.arange(p.numel()).remainder(3).eq(0).view(p.shape) for n, p in chosen},), {}
 
 
+def two_others(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An expert and an anti-expert, of another size than the base and with its vocabulary."""
+    dtype = next(base.parameters()).dtype
+    return tuple(
+        tiny_model(kind, seed=seed, dtype=dtype, width=16) for seed in (5, 6)
+    ) if kind in DECODERS else (), {}
+
+
 # ---- one line a method
 
 
@@ -214,6 +222,7 @@ CASES = {
         lambda kind: pt.PaFi(fraction=0.1),
         lambda kind, base, m: int(m.fraction * sum(sizes(base, lambda n: n not in TABLES[kind]).values())),
     ),
+    "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),
         lambda kind, base, m: sum(max(1, int(m.fraction * size)) for size in sizes(base).values()),
@@ -235,8 +244,19 @@ CANNOT = {
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
     ("PASTA", "net"): r"PASTA adds to special tokens, and a Net has none",
     ("PASTA", "merge"): r"can't be merged",
+    ("ProxyTuning", "bert"): r"steers what a causal language model writes next, and a BertForS\w+ isn't one",
+    ("ProxyTuning", "t5"): r"steers what .*, and a T5ForConditionalGeneration has an encoder",
+    ("ProxyTuning", "vit"): r"steers what a causal language model writes next, and a ViTFor\w+ isn't one",
+    ("ProxyTuning", "net"): r"steers what a causal language model writes next, and a Net isn't one",
+    ("ProxyTuning", "merge"): r"can't be merged: it adds other models' logits",
 }
-STARTS_OTHERWISE = {"Masking": "it prunes init_sparsity of the weights at once"}
+STARTS_OTHERWISE = {
+    "Masking": "it prunes init_sparsity of the weights at once",
+    "ProxyTuning": "it steers at once",
+}
+TRAINS_NOTHING = (
+    "ProxyTuning",
+)  # what it adds are other models, as they are: no gradient, no step and no file
 NO_SLOPE = {"Masking": "its gradient goes straight through a step"}
 LEARNS_STATISTICS = (
     "AutoFreeze",

@@ -8,6 +8,7 @@ full matrix runs with `pytest -m architectures`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 import tempfile
@@ -25,6 +26,7 @@ import pefttutor
 from pefttutor.catalog import methods
 from pefttutor.parts.sublayers import sublayers
 from tests.architectures import ARCHITECTURES, BATCHES, FAMILIES, Architecture
+from tests.cases import CANNOT, STARTS_OTHERWISE, TRAINS_NOTHING
 
 # ---- how a method is set up on an architecture
 
@@ -68,6 +70,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "DiffPruning": lambda: SetUp(kind(**saved)),
         "LTSFT": lambda: SetUp(kind(fraction=0.1, **saved), (), _second_phase),
         "AutoFreeze": lambda: SetUp(kind(interval=1)),
+        "ProxyTuning": lambda: SetUp(kind(alpha=0.5), tuple(_changed(model, seed) for seed in (1, 2))),
         "PASTA": lambda: SetUp(kind(special_token_ids=_in_the_texts(rows))),
     }
     if name in known:
@@ -83,6 +86,13 @@ def _where_not_found(model: nn.Module, scaled: tuple[str, ...]) -> tuple[str, ..
     except ValueError:
         return scaled[-1:]
     return None
+
+
+def _changed(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with other weights, as an expert."""
+    other = copy.deepcopy(model)
+    spread(other, scale=0.05, seed=seed)
+    return other
 
 
 def _some_entries(model: nn.Module) -> dict[str, Tensor]:
@@ -321,6 +331,11 @@ class NotApplicable(Exception):
     """The base itself can't do it."""
 
 
+def needs_training(cell: Cell) -> None:
+    if cell.method in TRAINS_NOTHING:
+        raise NotApplicable("nothing trains")
+
+
 def mark_of(failing: Iterable[str]) -> str:
     return f"**fails**: {', '.join(failing)}"
 
@@ -388,8 +403,8 @@ def _note(cell: Cell, name: str, check: Callable[[], None]) -> None:
 
 
 def check_start(cell: Cell, model: Any) -> None:
-    if cell.method == "Masking":
-        raise NotApplicable("it starts with some weights masked")
+    if cell.method in STARTS_OTHERWISE:
+        raise NotApplicable(STARTS_OTHERWISE[cell.method])
     base, batch = cell.kind.build(), cell.batch()
     for key, value in said(base, batch).items():
         assert torch.allclose(value, said(model, batch)[key], atol=1e-6, equal_nan=True), (
@@ -397,7 +412,20 @@ def check_start(cell: Cell, model: Any) -> None:
         )
 
 
+def check_sum(cell: Cell, model: Any) -> None:
+    """What proxies add: the formula, from three plain models."""
+    if cell.method != "ProxyTuning":
+        raise NotApplicable("it adds no other models' logits")
+    base, batch = cell.kind.build(), {key: v for key, v in cell.batch().items() if key != "labels"}
+    given = set_up(cell.method, cell.kind, base)
+    s, plus, minus = (said(one, batch)["logits"] for one in (base, *given.sources))
+    expected = s + given.method.alpha * (plus - minus)
+    assert torch.allclose(said(model, batch)["logits"], expected, atol=1e-5), "it isn't the formula"
+    assert not torch.allclose(s, expected, atol=1e-3), "the experts say the same, which proves nothing"
+
+
 def check_gradient(cell: Cell, model: Any) -> None:
+    needs_training(cell)
     spread(model)
     batch = cell.batch()
     loss_of(model, batch).backward()
@@ -418,6 +446,7 @@ def check_gradient(cell: Cell, model: Any) -> None:
 
 
 def check_autocast(cell: Cell, model: Any) -> None:
+    needs_training(cell)
     batch = cell.batch()
     if why := _works(cell.architecture, "autocast"):
         raise NotApplicable(f"the base itself fails: {why}")
@@ -465,6 +494,7 @@ def in_half(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_bfloat16(cell: Cell, model: Any) -> None:
+    needs_training(cell)
     if why := _works(cell.architecture, "bfloat16"):
         raise NotApplicable(f"the base itself fails: {why}")
     half = cell.kind.build().bfloat16()
@@ -514,6 +544,7 @@ def _check_alike(one: Any, other: Any) -> None:
 
 def check_frozen(cell: Cell, model: Any) -> None:
     """A real run of `fit` with weight decay: only what is saved may have changed, and that has."""
+    needs_training(cell)
     base = cell.kind.build()
     before = Form.of(base).tensors
     rows = rows_of(cell.batch())
@@ -553,6 +584,7 @@ def check_frozen(cell: Cell, model: Any) -> None:
 
 
 def check_saving(cell: Cell, model: Any) -> None:
+    needs_training(cell)
     with tempfile.TemporaryDirectory() as folder:
         pefttutor.save(model, folder)
         again = pefttutor.load(cell.kind.build(), folder)
@@ -575,7 +607,7 @@ def check_merging(cell: Cell, model: Any) -> None:
         pefttutor.merge(model)
     except ValueError:
         form.check(model)
-        if cell.method in ("Adapter", "PASTA"):  # what they add, no weight can hold
+        if (cell.method, "merge") in CANNOT:  # what it adds, no weight can hold
             raise NotApplicable("no weight can hold it") from None
         raise
     after = said(model, batch)
@@ -599,6 +631,7 @@ def check_detach(cell: Cell, model: Any) -> None:
 
 CHECKS: dict[str, Callable[[Cell, Any], None]] = {
     "starts as the base": check_start,
+    "the sum of three": check_sum,
     "gradients": check_gradient,
     "autocast": check_autocast,
     "bfloat16": check_bfloat16,
@@ -633,6 +666,15 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "LoRA": {_NOT_LINEAR: ("ResNet",)},
     "IA3": {_NOT_LINEAR: ("ResNet",)},
     "Adapter": {_NOT_LINEAR: ("ResNet",)},
+    "ProxyTuning": {
+        r"steers what a causal language model writes next, and a \w+ isn't one": tuple(
+            name for name, kind in ARCHITECTURES.items() if not kind.generates
+        ),
+        r"steers what a causal language model writes next, and a \w+ has an encoder": (
+            *_TWO_TEXTS,
+            "Whisper",
+        ),
+    },
     **{name: {_NO_LABELS: ("CLIP",)} for name in ("ChildTuningD", "FishDip", "FishMask", "SecondOrderMask")},
 }
 

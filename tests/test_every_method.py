@@ -35,6 +35,7 @@ from tests.cases import (
     SPECIAL,
     STARTS_OTHERWISE,
     TEXTS,
+    TRAINS_NOTHING,
     WRITERS,
     answer,
     attach,
@@ -60,9 +61,10 @@ CELLS = [(name, kind) for name in CASES for kind in ARCHITECTURES if (name, kind
 REFUSED = [cell for cell in CANNOT if cell[1] in ARCHITECTURES]
 
 
-def cells(*kinds: str) -> pytest.MarkDecorator:
-    """Every method on these architectures, or on all, without those that it refuses."""
+def cells(*kinds: str, learns: bool = False) -> pytest.MarkDecorator:
+    """Every method on these architectures, or on all, without those that it refuses; with `learns`, if it trains."""
     chosen = [(name, kind) for name, kind in CELLS if not kinds or kind in kinds]
+    chosen = [cell for cell in chosen if not learns or cell[0] not in TRAINS_NOTHING]
     return pytest.mark.parametrize(("name", "kind"), chosen, ids=["-".join(cell) for cell in chosen])
 
 
@@ -93,6 +95,9 @@ def test_every_method_of_the_package_has_its_line():
 def test_nothing_is_declared_that_no_test_asks():
     asked = {(name, where) for name in CASES for where in (*ARCHITECTURES, "merge")}
     assert set(CANNOT) <= asked
+    assert [n for n in CASES if CASES[n].trains("llama", base_of("llama"), CASES[n].make("llama")) == {}] == [
+        *TRAINS_NOTHING
+    ]
     assert set(STARTS_OTHERWISE) | set(NO_SLOPE) | set(LEARNS_STATISTICS) <= set(CASES)
 
 
@@ -190,7 +195,7 @@ def assert_only_what_trains_has_moved(
         assert torch.equal(after[weight].flatten()[outside], before[weight].flatten()[outside])
 
 
-@cells(*KINDS)
+@cells(*KINDS, learns=True)
 def test_checkpointing_gives_every_gradient_reentrant_or_not(name, kind):
     model, inputs, found = learned_on(name, kind).train(), batch_of(kind), []
     for reentrant in (None, True, False):
@@ -204,7 +209,7 @@ def test_checkpointing_gives_every_gradient_reentrant_or_not(name, kind):
         torch.testing.assert_close(one, found[0], rtol=1e-4, atol=1e-6)
 
 
-@cells()
+@cells(learns=True)
 def test_next_to_bfloat16_it_starts_as_the_base_and_learns(name, kind):
     model, base, inputs = attached_to(name, kind, BF16), base_of(kind, BF16), batch_of(kind, dtype=BF16)
     assert torch.equal(answer(model, inputs), base_answer(kind, BF16)) is (name not in STARTS_OTHERWISE)
@@ -219,7 +224,9 @@ def test_next_to_bfloat16_it_starts_as_the_base_and_learns(name, kind):
     assert differences(tensors(base), tensors(model)) == []
 
 
-SMALLEST = [(name, "net" if (name, "net") in CELLS else "bert") for name in CASES]
+SMALLEST = [
+    (name, "net" if (name, "net") in CELLS else "bert") for name in CASES if name not in TRAINS_NOTHING
+]
 on_the_smallest = pytest.mark.parametrize(
     ("name", "kind"), SMALLEST, ids=["-".join(cell) for cell in SMALLEST]
 )
@@ -245,10 +252,22 @@ def test_the_gradient_is_the_slope_of_the_loss(name, kind):
     assert (slope == expected) is (name not in NO_SLOPE)
 
 
+@pytest.mark.parametrize("name", TRAINS_NOTHING)
+def test_what_trains_nothing_says_so_when_it_is_to_be_trained_or_saved(name, tmp_path):
+    model = attached_to(name, "llama")
+    before = picture(model)
+    with pytest.raises(ValueError, match="nothing trains"):
+        pt.fit(model, [batch_of("llama")], steps=1)
+    with pytest.raises(ValueError, match="trains nothing, so there is nothing to save"):
+        pt.save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert differences(before, picture(model)) == []
+
+
 # ---- files and copies
 
 
-@cells()
+@cells(learns=True)
 def test_saved_and_loaded_onto_a_fresh_base_it_gives_identical_outputs(name, kind, tmp_path):
     model = looked_at(name, kind)
     pt.save(model, tmp_path)
@@ -258,7 +277,7 @@ def test_saved_and_loaded_onto_a_fresh_base_it_gives_identical_outputs(name, kin
     assert differences(tensors(model), tensors(again)) == []
 
 
-@cells()
+@cells(learns=True)
 def test_a_copy_shares_nothing_and_can_be_detached_alone(name, kind):
     model, inputs = looked_at(name, kind), batch_of(kind)
     twin, before = copy.deepcopy(model), picture(model)
@@ -379,7 +398,7 @@ def real_states(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Tenso
     return hidden[inputs["attention_mask"].bool()]
 
 
-@cells(*DECODERS)
+@cells(*DECODERS, learns=True)
 def test_the_loss_without_logits_is_the_models_own(name, kind):
     model, inputs = looked_at(name, kind), batch_of(kind, "left" if kind == "gpt2" else "right")
     own, ours = loss_of(model, inputs), causal_lm_loss(model, inputs)

@@ -3,5 +3,6 @@
 from pefttutor.additive.inside.adapter import Adapter
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
+from pefttutor.additive.output.proxy import ProxyTuning
 
-__all__ = ["IA3", "PASTA", "Adapter"]
+__all__ = ["IA3", "PASTA", "Adapter", "ProxyTuning"]

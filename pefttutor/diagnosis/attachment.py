@@ -45,6 +45,8 @@ def _targets(attachment: Attachment) -> str:
 
 def moved_row(attachment: Attachment) -> Row:
     """How many of the trained tensors have moved from their start, and why not."""
+    if not attachment.trained():
+        return Row("moved", "nothing of it trains: it acts as it is", OK)
     found = movements(attachment)
     known = [movement for movement in found if movement.moved is not None]
     still = [movement for movement in known if not movement.moved]

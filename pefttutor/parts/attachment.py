@@ -170,7 +170,7 @@ def attaching(model: nn.Module, method: Any, name: str = DEFAULT) -> Iterator[At
         )
         new = Attachment(name, method)
         yield new
-        if not any(part.saved() for part in new.parts):
+        if not any(part.saved() or part.acts_alone for part in new.parts):
             raise ValueError(f"{type(method).__name__}: nothing is chosen, so nothing would train.")
         check_apart(carried, new)
         added = [pair for part in new.parts if not part.changed_in_place() for pair in part.saved()]

@@ -56,6 +56,9 @@ class Part:
         """The base's own tensors that folding writes, or that the part computes others from."""
         return self.changed_in_place()
 
+    # Whether it takes effect although nothing of it trains.
+    acts_alone = False
+
     # Whether another additive part may be folded into the same tensors independently of this one.
     additive = False
 

@@ -44,8 +44,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
     ...     sorted(path.name for path in save(model, folder).iterdir())
     ['adapter.json', 'adapter.safetensors']
 
-    Raises: ValueError if there is no such attachment, or several and no name; RuntimeError if it is merged into the
-        weights, or switched off.
+    Raises: ValueError if there is no such attachment, several and no name, or one that trains nothing; RuntimeError if
+        it is merged into the weights, or switched off.
     """
     attachment = find(model, name)
     if attachment.merged:
@@ -59,6 +59,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
             f"{attachment.name!r}) first."
         )
     tensors = attachment.tensors(model)
+    if not tensors:
+        raise ValueError(
+            f"{attachment.name!r} ({type(attachment.method).__name__}) trains nothing, so there is nothing to save."
+        )
     text = json.dumps(description(model, attachment.name), indent=1)
     on_cpu = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = Path(folder)

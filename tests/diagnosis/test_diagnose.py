@@ -10,12 +10,13 @@ from torch import nn
 
 import pefttutor as pt
 from pefttutor.diagnosis.table import Diagnosis, Row
-from tests.cases import CANNOT, CASES, attached_to, base_of, batch_of, fresh, loss_of, stacked
+from tests.cases import CANNOT, CASES, TRAINS_NOTHING, attached_to, base_of, batch_of, fresh, loss_of, stacked
 from tests.data.moods import ROWS, TOKENIZER
 from tests.pictures import differences, picture
 from tests.tiny import llama, rows_of, tiny_model
 
-CELLS = [(name, kind) for kind in ("llama", "net") for name in CASES if (name, kind) not in CANNOT]
+LEARNING = [name for name in CASES if name not in TRAINS_NOTHING]
+CELLS = [(name, kind) for kind in ("llama", "net") for name in LEARNING if (name, kind) not in CANNOT]
 TARGETS = ("q_proj", "v_proj")
 
 
@@ -52,6 +53,16 @@ def test_wrong_before_training_ok_after_two_steps_and_the_model_is_as_it_was(nam
     for found in (pt.diagnose(model, rows), pt.diagnose(model), pt.diagnose(model, rows, base=base_of(kind))):
         assert found.ok, found
     assert pt.diagnose(model, stacked(rows)).ok
+    assert differences(before, picture(model)) == []
+
+
+@pytest.mark.parametrize("name", TRAINS_NOTHING)
+def test_what_trains_nothing_is_right_as_it_is(name: str) -> None:
+    model, rows = attached_to(name, "llama"), rows_of(batch_of("llama"))
+    before = picture(model)
+    for found in (pt.diagnose(model, rows), pt.diagnose(model), pt.diagnose(model, base=base_of("llama"))):
+        assert found.ok, found
+        assert "nothing of it trains" in found["moved"].found
     assert differences(before, picture(model)) == []
 
 
