@@ -16,11 +16,9 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.freezing import fully_trained, train_fully
-from pefttutor.parts.linear import sizes
+from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
-from pefttutor.parts.modules import linear_targets
-from pefttutor.parts.settings import check_names, check_number, check_whole
+from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
 
 __all__ = ["LoRA"]
 
@@ -60,11 +58,7 @@ class LoRA:
     init_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole(self, "r")
-        check_number(self, "lora_alpha", above=0, hint=" (usual: r or 2·r)")
-        check_number(self, "lora_dropout", least=0, below=1)
-        check_whole(self, "init_seed", least=0)
-        check_names(self, "target_modules", "modules_to_save")
+        check_lowrank(self)
 
     @property
     def scaling(self) -> float:
@@ -78,9 +72,8 @@ class LoRA:
             than r. The model is then as it was.
         """
         with attaching(model, self, name) as new:
-            targets = self._targets(model)
             generator = torch.Generator().manual_seed(self.init_seed)
-            for path, layer in targets.items():
+            for path, layer in lowrank_targets(model, self).items():
                 factors = draw_factors(layer, self.r, generator)
                 new.add(LowRank(path, layer, name, factors, scaling=self.scaling, dropout=self.lora_dropout))
             for part in train_fully(model, (), self.modules_to_save):
@@ -89,16 +82,4 @@ class LoRA:
 
     def count(self, model: nn.Module) -> int:
         """How many values train, without attaching: Σ r · (in + out) over the targets, and modules_to_save."""
-        low_rank = sum(self.r * sum(sizes(layer)) for layer in self._targets(model).values())
-        fully, _ = fully_trained(model, self.modules_to_save)
-        return low_rank + sum(model.get_parameter(name).numel() for name in fully)
-
-    def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
-        targets = linear_targets(model, self.target_modules, self.modules_to_save)
-        for path, layer in targets.items():
-            n_in, n_out = sizes(layer)
-            if self.r > min(n_in, n_out):
-                raise ValueError(
-                    f"r is {self.r}, but {path!r} maps {n_in} to {n_out}: r must be at most {min(n_in, n_out)}."
-                )
-        return targets
+        return count_lowrank(model, self, lambda n_in, n_out: self.r * (n_in + n_out))

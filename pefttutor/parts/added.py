@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from pefttutor.parts.part import Key, Part
+from pefttutor.parts.part import Key, Part, hold, let_go
 
 __all__ = ["Added"]
 
@@ -22,10 +22,7 @@ class Added(Part):
         self.on = True
         self.places: dict[str, Key] = {}
         for module, path, key, tensor in tensors:
-            if isinstance(tensor, nn.Parameter):
-                module.register_parameter(key, tensor)
-            else:
-                module.register_buffer(key, tensor)
+            hold(module, key, tensor)
             self.places[f"{path}.{key}".lstrip(".")] = module, key
 
     def trained(self) -> list[nn.Parameter]:
@@ -42,5 +39,4 @@ class Added(Part):
 
     def remove(self) -> None:
         for module, key in self.places.values():
-            module._parameters.pop(key, None)
-            module._buffers.pop(key, None)
+            let_go(module, key)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.parts.linear import is_plain, stored_as, why_not_linear
-from pefttutor.parts.part import Part
+from pefttutor.parts.linear import dense_weight, is_plain, stored_as, why_not_linear
+from pefttutor.parts.part import Part, hold, let_go
 
 __all__ = ["AdaptedLayer", "LayerChange"]
 
@@ -64,12 +64,12 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
 
 
 class LayerChange(Part):
-    """One attachment's change of one layer, with the parameters that it adds to it.
+    """One attachment's change of one layer, with the parameters and buffers that it adds to it.
 
     A kind of change says `forward` and, where a weight can hold it, `folded_into`.
     """
 
-    def __init__(self, path: str, layer: nn.Module, name: str, added: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, path: str, layer: nn.Module, name: str, added: Mapping[str, Tensor]) -> None:
         """`path`: the layer's name in the model. `name`: the attachment's. `added`: by their keys in the layer."""
         self.path, self.layer, self.name, self.added_keys = path, layer, name, tuple(added)
         self.on, self.folded, self.plain = True, False, is_plain(layer)
@@ -80,8 +80,8 @@ class LayerChange(Part):
         if not isinstance(layer, AdaptedLayer):
             vars(layer)["_changes"] = {}
             layer.__class__ = _widened(type(layer))
-        for key, parameter in added.items():
-            layer.register_parameter(key, parameter)
+        for key, tensor in added.items():
+            hold(layer, key, tensor)
         vars(layer)["_changes"][name] = self
 
     # ---- what a kind of change says
@@ -108,18 +108,35 @@ class LayerChange(Part):
     def learns(self) -> bool:
         return self.acts and any(p.requires_grad for p in self.trained())
 
+    def beneath(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (out, in) and bias that this change builds on: the layer's, with what others make of them before.
+
+        Raises: ValueError for a layer that can't tell its weight.
+        """
+        layer: Any = self.layer
+        base = vars(layer)["_base"] if self.folded else {}
+        weight = stored_as(layer, base["weight"]) if base else dense_weight(layer)
+        bias = base.get("bias") if base else getattr(layer, "bias", None)
+        changes = list(vars(layer)["_changes"].values())
+        before = [c for c in changes[: changes.index(self)] if c.acts or (base and c.folded)]
+        for change in before:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = change.folded_into(weight.to(wide), None if bias is None else bias.to(wide))
+        return weight, bias
+
     def check_untrained(self) -> None:
         """Raise RuntimeError if a training step would not see the parameters, because they are folded in."""
         if self.layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.trained()):
+            keys = [key for key in self.added_keys if key in self.layer._parameters]
             raise RuntimeError(
-                f"this model is merged, so {' and '.join(self.added_keys)} would learn nothing: unmerge it, then train."
+                f"this model is merged, so {' and '.join(keys)} would learn nothing: unmerge it, then train."
             )
 
     def trained(self) -> list[nn.Parameter]:
-        return [self.layer.get_parameter(key) for key in self.added_keys]
+        return [self.layer.get_parameter(key) for key in self.added_keys if key in self.layer._parameters]
 
     def saved(self) -> list[tuple[str, Tensor]]:
-        return [(f"{self.path}.{key}".lstrip("."), self.layer.get_parameter(key)) for key in self.added_keys]
+        return [(f"{self.path}.{key}".lstrip("."), getattr(self.layer, key)) for key in self.added_keys]
 
     def switch(self, on: bool) -> None:
         self.on = on
@@ -128,7 +145,7 @@ class LayerChange(Part):
         changes = vars(self.layer)["_changes"]
         changes.pop(self.name)
         for key in self.added_keys:
-            self.layer._parameters.pop(key, None)
+            let_go(self.layer, key)
         if not changes:
             del vars(self.layer)["_changes"]
             self.layer.__class__ = type(self.layer).__mro__[2]

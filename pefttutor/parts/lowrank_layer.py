@@ -2,12 +2,14 @@
 
     ΔW = s · B A          (out, in)
 
-New are the parameters `lora_A` and `lora_B`; the layer's own weight stays where it is.
+New are the parameters `lora_A` and `lora_B`; the layer's own weight stays where it is. Methods that make the factors of
+more tensors, such as A of Λ and Q, say so in `factors`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class LowRank(LayerChange):
     """
 
     additive = True
+    stored = True  # whether the factors are the very tensors that are held; else they are made of more at each call
 
     def __init__(
         self,
@@ -54,7 +57,12 @@ class LowRank(LayerChange):
         *,
         scaling: float,
         dropout: float = 0.0,
+        train_A: bool = True,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """factors: A and B as they start. train_A: else A is a buffer. beside: more tensors, by their key; parameters
+        train, others are buffers.
+        """
         self.scaling, self.dropout, self.r = scaling, dropout, factors[0].shape[0]
         self.keys = added_key("lora_A", name), added_key("lora_B", name)
         self.transposed = transposed(layer)
@@ -62,21 +70,30 @@ class LowRank(LayerChange):
         # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
         given = weight.dtype if weight.is_floating_point() else torch.float32
         dtype = torch.promote_types(given, torch.float32)
-        added = [nn.Parameter(factor.to(weight.device, dtype)) for factor in factors]
-        super().__init__(path, layer, name, dict(zip(self.keys, added, strict=True)))
+        A, B = factors
+        tensors = {"lora_A": nn.Parameter(A) if train_A else A, "lora_B": nn.Parameter(B), **(beside or {})}
+        added = {}
+        for key, tensor in tensors.items():
+            placed = tensor.detach().to(weight.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            added[added_key(key, name)] = nn.Parameter(placed) if isinstance(tensor, nn.Parameter) else placed
+        super().__init__(path, layer, name, added)
 
     @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, in) and B (out, r)."""
-        A, B = (self.layer.get_parameter(key) for key in self.keys)
-        return A, B
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r). It is asked in every step."""
+        layer, (A, B) = self.layer, self.keys
+        return getattr(layer, A), getattr(layer, B)
+
+    def held(self, key: str) -> Tensor:
+        """One of the tensors that this change has added to the layer."""
+        return getattr(self.layer, added_key(key, self.name))
 
     def describe(self) -> str:
         return f"{self.name}: r={self.r}, scaling={self.scaling:g}, merged={self.folded}"
 
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self.layer
-        A, B = (getattr(layer, key) for key in self.keys)  # in every step: `factors` takes its time
+        A, B = self.factors
         if isinstance(layer, nn.Embedding):
             y = inner(x, *args, **kwargs)
             # As in nn.Embedding, the padding row gets no gradient, so it stays as it is.

@@ -7,9 +7,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Part"]
+__all__ = ["Part", "hold", "let_go"]
 
 Key = tuple[nn.Module, str]  # a tensor's place: the module that holds it, and what it calls it
+
+
+def hold(module: nn.Module, key: str, tensor: Tensor) -> None:
+    """Let the module hold the tensor under this key: a parameter trains, any other tensor is a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(key, tensor)
+    else:
+        module.register_buffer(key, tensor)
+
+
+def let_go(module: nn.Module, key: str) -> None:
+    """Take back what `hold` has done."""
+    module._parameters.pop(key, None)
+    module._buffers.pop(key, None)
 
 
 class Part:

@@ -146,6 +146,8 @@ def truncated(model: nn.Module, found: Mapping[str, Update], k: int) -> Iterator
                 continue
             layer: Any = model.get_submodule(name)
             factors = _factors(layer)
+            if isinstance(factors, Tensor):
+                raise ValueError(f"{name} has no factors that could be exchanged: look at its update alone")
             if factors is not None:
                 _refuse_merged(name, layer)
                 lora_B, lora_A, scaling = factors
@@ -189,12 +191,12 @@ def _low_rank(layer: Any) -> Any:
     return changes[0] if changes else None
 
 
-def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(B, A, s) of a layer that a method has changed, or of one of the learner's own; None for any other."""
+def _factors(layer: Any) -> Delta | None:
+    """(B, A, s) of a layer that a method has changed, ΔW if they are made of more, or of one of the learner's own."""
     change = _low_rank(layer)
     if change is not None:
         A, B = change.factors
-        return B, A, change.scaling
+        return (B, A, change.scaling) if change.stored else change.delta()
     if all(isinstance(getattr(layer, name, None), Tensor) for name in ("lora_A", "lora_B")):
         return layer.lora_B, layer.lora_A, layer.scaling
     return None
