@@ -101,6 +101,11 @@ def of_lora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.lora_{x}": method.r * size for n, (i, o) in found for x, size in (("A", i), ("B", o))}
 
 
+def of_dora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind]).items()
+    return of_lora(kind, base, method) | {f"{n}.lora_magnitude_vector": o for n, (_, o) in found}
+
+
 def of_ia3(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     targets, fed = KEYS_AND_FED[kind]
     on_input = layers(base, fed)
@@ -200,6 +205,7 @@ CASES = {
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
     "DiffPruning": Case(lambda kind: pt.DiffPruning(), of_diff_pruning),
+    "DoRA": Case(lambda kind: pt.DoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_dora),
     "FishDip": Case(lambda kind: pt.FishDip(fraction=0.1), share("fraction"), examples),
     "FishMask": Case(lambda kind: pt.FishMask(fraction=0.1), share("fraction"), examples),
     "IA3": Case(ia3, of_ia3),
@@ -257,7 +263,10 @@ STARTS_OTHERWISE = {
 TRAINS_NOTHING = (
     "ProxyTuning",
 )  # what it adds are other models, as they are: no gradient, no step and no file
-NO_SLOPE = {"Masking": "its gradient goes straight through a step"}
+NO_SLOPE = {
+    "DoRA": "it takes a norm for a constant",
+    "Masking": "its gradient goes straight through a step",
+}
 LEARNS_STATISTICS = (
     "AutoFreeze",
     "ChildTuningF",

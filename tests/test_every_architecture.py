@@ -54,6 +54,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "Adapter": lambda: SetUp(
             kind(bottleneck=3, scaling=2.0, target_modules=_where_not_found(model, scaled))
         ),
+        "DoRA": lambda: SetUp(kind(r=2, target_modules=targets)),
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
@@ -238,6 +239,12 @@ class ByHand:
             elif key == "lora_A":
                 delta = method.scaling * leaves[f"{path}.lora_B"] @ leaf
                 made[weight] = W[weight] + (delta.t() if turned else delta)
+                magnitude = leaves.get(f"{path}.lora_magnitude_vector")
+                if magnitude is not None:  # for the gradient the norm of each row is a constant
+                    norm = made[weight].detach().norm(dim=0 if turned else 1)
+                    made[weight] = made[weight] * (
+                        magnitude / norm if turned else (magnitude / norm)[:, None]
+                    )
             elif key == "ia3_l":
                 on_input = path.endswith(tuple(method.feedforward_modules))
                 made[weight] = W[weight] * (leaf if on_input != turned else leaf[:, None])
@@ -257,7 +264,7 @@ class ByHand:
                 vectors[path] = leaf
             elif key.startswith("adapter_"):
                 adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
-            elif key != "lora_B" and ending not in ("alpha", "group", "norms"):
+            elif key not in ("lora_B", "lora_magnitude_vector") and ending not in ("alpha", "group", "norms"):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
         return cls(leaves, made, vectors, adapters)
 
@@ -663,9 +670,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
-    "LoRA": {_NOT_LINEAR: ("ResNet",)},
-    "IA3": {_NOT_LINEAR: ("ResNet",)},
-    "Adapter": {_NOT_LINEAR: ("ResNet",)},
+    **{name: {_NOT_LINEAR: ("ResNet",)} for name in ("Adapter", "DoRA", "IA3", "LoRA")},
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(
             name for name, kind in ARCHITECTURES.items() if not kind.generates

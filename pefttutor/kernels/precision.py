@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "shared_dtype"]
+__all__ = ["compute_dtype", "shared_dtype", "unrounded"]
+
+
+def unrounded(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Within the block, autocast leaves what is computed on the tensor's device as precise as it is.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), unrounded(torch.ones(1)):
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.float32
+    """
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):  # such as the meta device
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

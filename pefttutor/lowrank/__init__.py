@@ -1,5 +1,6 @@
 """Low-rank methods (chapter 4.4): the change of a weight is a product of two thin matrices."""
 
+from pefttutor.lowrank.dora import DoRA
 from pefttutor.lowrank.lora import LoRA
 
-__all__ = ["LoRA"]
+__all__ = ["DoRA", "LoRA"]

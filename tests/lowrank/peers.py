@@ -1,0 +1,84 @@
+"""A method beside HF PEFT's: the same model and the same weights under our names, outputs and every gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor import trainable
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def with_peft(model: nn.Module, config: Any) -> tuple[Any, dict[str, nn.Parameter]]:
+    """A copy of the model adapted by HF PEFT, and its parameters under our names."""
+    from peft import get_peft_model
+
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    names = {}
+    for name, parameter in theirs.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        name = name.replace("lora_embedding_", "lora_").replace(".base_layer", "")
+        names[name.replace(".default.weight", "").replace(".default", "")] = parameter
+    return theirs, names
+
+
+def drawn(model: nn.Module, seed: int = 1, std: float = 0.2) -> nn.Module:
+    """The model moved from its start in all that trains: at the start half the errors don't show."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
+
+
+def run(model: nn.Module, inputs: Mapping[str, Tensor], seed: int = 3) -> dict[str, Any]:
+    """Logits, loss, and the gradient that arrives at the input embeddings; leaves the others in `.grad`."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        output.retain_grad()
+        seen.append(output)
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    torch.manual_seed(seed)  # of dropout
+    result = model(**inputs)
+    handle.remove()
+    result.loss.backward()
+    inner = [output.grad for output in seen]
+    return {"logits": result.logits.detach(), "loss": result.loss.detach(), "inner": inner}
+
+
+def assert_same_as_peft(
+    model: nn.Module,
+    ours: Any,
+    config: Any,
+    inputs: Mapping[str, Tensor],
+    *,
+    train: bool = False,
+    prepare: Callable[[Any], None] = lambda theirs: None,
+    **within: float,
+) -> None:
+    """Outputs and every gradient, with the weights copied. train: in training mode, with the same random draws.
+    prepare: what has still to be done to the other library's model."""
+    adapted = drawn(ours.attach(copy.deepcopy(model))).train(train)
+    theirs, their_parameters = with_peft(model, config)
+    prepare(theirs.train(train))
+    own = dict(adapted.named_parameters())
+    trains = set(trainable(adapted))
+    assert trains == {n for n, p in their_parameters.items() if p.requires_grad}
+    assert sum(trainable(adapted).values()) == ours.count(model)
+    for name in trains:
+        their_parameters[name].data.copy_(own[name].data)
+    within = within or EXACT
+    torch.testing.assert_close(run(adapted, inputs), run(theirs, inputs), **within)
+    for name in trains:
+        assert own[name].grad.abs().max() > 1e-8, f"{name}: a gradient of zero would prove nothing"
+        torch.testing.assert_close(own[name].grad, their_parameters[name].grad, **within)
+    assert all(p.grad is None for name, p in own.items() if name not in trains)
