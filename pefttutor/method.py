@@ -72,6 +72,9 @@ class Trains(Protocol):
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """The optimizer of all that trains, in AdamW's place."""
 
+    def unfinished(self, model: nn.Module) -> str | None:
+        """Training is over: what the method was still to do, and what to do about it; None if nothing is missing."""
+
 
 @runtime_checkable
 class Counts(Protocol):

@@ -101,6 +101,11 @@ def of_lora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.lora_{x}": method.r * size for n, (i, o) in found for x, size in (("A", i), ("B", o))}
 
 
+def of_adalora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found, r = layers(base, TARGETS[kind]).items(), method.init_r
+    return {f"{n}.lora_{x}": r * size for n, (i, o) in found for x, size in (("A", i), ("B", o), ("E", 1))}
+
+
 def of_dora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     found = layers(base, TARGETS[kind]).items()
     return of_lora(kind, base, method) | {f"{n}.lora_magnitude_vector": o for n, (_, o) in found}
@@ -199,6 +204,9 @@ def adapter(kind: str) -> Any:
 
 
 CASES = {
+    "AdaLoRA": Case(  # of a layer that lost all its ranks one couldn't see whether it has trained
+        lambda kind: pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=TARGETS[kind]), of_adalora
+    ),
     "Adapter": Case(adapter, of_adapter),
     "AutoFreeze": Case(lambda kind: pt.AutoFreeze(), everything),
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),

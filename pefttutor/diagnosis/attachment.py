@@ -13,7 +13,7 @@ from pefttutor.parts.freezing import Whole
 from pefttutor.parts.layer_change import LayerChange
 from pefttutor.parts.movement import Movement, movements
 
-__all__ = ["attached_row", "moved_row", "saved_row"]
+__all__ = ["attached_row", "moved_row", "saved_row", "schedule_rows"]
 
 
 def attached_row(attachment: Attachment, there: Sequence[Attachment]) -> Row:
@@ -79,6 +79,15 @@ def _why(still: Sequence[Movement], *, none: bool) -> str:
     if uncalled:
         return f"{uncalled[0]!r} was never called: leave it out, unless other data calls it (an expert)"
     return "no gradient has come to them: does the loss depend on them for this data?"
+
+
+def schedule_rows(model: nn.Module, attachment: Attachment) -> list[Row]:
+    """Whether a method with a schedule has come to its end; no row for one without."""
+    unfinished = getattr(attachment.method, "unfinished", None)
+    if unfinished is None:
+        return []
+    found, _, advice = (unfinished(model) or "").partition(": ")
+    return [Row("schedule", found, LOOK, advice) if found else Row("schedule", "it has come to its end", OK)]
 
 
 def saved_row(model: nn.Module, attachment: Attachment) -> Row:

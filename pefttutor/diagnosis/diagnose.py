@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pefttutor.data.stopping import stops
-from pefttutor.diagnosis.attachment import attached_row, moved_row, saved_row
+from pefttutor.diagnosis.attachment import attached_row, moved_row, saved_row, schedule_rows
 from pefttutor.diagnosis.effect import effects, inputs_of
 from pefttutor.diagnosis.model import finite_row, flags_row, frozen_row, head_rows, labels_rows, plain_rows
 from pefttutor.diagnosis.table import LOOK, OK, WRONG, Diagnosis, Row
@@ -66,8 +66,8 @@ def diagnose(
         changes = effects(model, there, inputs, own=examples is None)
         for attachment in there:
             one = [
-                attached_row(attachment, there), moved_row(attachment), *changes[attachment.name],
-                saved_row(model, attachment),
+                attached_row(attachment, there), moved_row(attachment), *schedule_rows(model, attachment),
+                *changes[attachment.name], saved_row(model, attachment),
             ]  # fmt: skip
             found += one if len(there) == 1 else [row.of(attachment.name) for row in one]
         found += [flags_row(model, carried), frozen_row(model, carried, base)]

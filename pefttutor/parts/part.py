@@ -12,18 +12,22 @@ __all__ = ["Part", "hold", "let_go"]
 Key = tuple[nn.Module, str]  # a tensor's place: the module that holds it, and what it calls it
 
 
-def hold(module: nn.Module, key: str, tensor: Tensor) -> None:
-    """Let the module hold the tensor under this key: a parameter trains, any other tensor is a buffer."""
+def hold(module: nn.Module, key: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Let the module hold the tensor under this key: a parameter trains, any other tensor is a buffer.
+
+    persistent: whether a buffer belongs to the module's state_dict; a checkpoint of `fit` has all.
+    """
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(key, tensor)
     else:
-        module.register_buffer(key, tensor)
+        module.register_buffer(key, tensor, persistent=persistent)
 
 
 def let_go(module: nn.Module, key: str) -> None:
     """Take back what `hold` has done."""
     module._parameters.pop(key, None)
     module._buffers.pop(key, None)
+    module._non_persistent_buffers_set.discard(key)
 
 
 class Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -72,3 +73,9 @@ class Hooks:
                 part.after_step()
         for method in self.having("after_step"):
             method.after_step(self.model, step)
+
+    def warn_of_unfinished(self) -> None:
+        """Training is over: say what a method was still to do."""
+        for method in self.having("unfinished"):
+            if words := method.unfinished(self.model):
+                warnings.warn(f"{type(method).__name__}: {words}", stacklevel=3)

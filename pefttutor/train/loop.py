@@ -64,8 +64,8 @@ def fit(
     >>> round(model.weight.item(), 3)
     0.75
 
-    method: asked for its hooks penalty, after_backward, after_step and optimizer, where it has them; None takes
-        the methods that are attached to the model and train. Steps are counted from 0 for the hooks.
+    method: asked for its hooks (`pefttutor.method.Trains`), where it has them; None takes the methods that are
+        attached to the model and train. Steps are counted from 0 for the hooks.
     weight_decay: on all that trains (AdamW, one group), unless the method brings its own optimizer.
     steps or epochs: how long; neither means 3 epochs. The last batch of an epoch may be smaller.
     validation: evaluated after every `evaluate_every` steps (None: after each epoch) and at the end;
@@ -91,8 +91,7 @@ def fit(
     for name, examples in {"train": train, "validation": validation}.items():
         if examples is not None:
             check_examples(model, examples, name, needs_labels=loss is None)
-    settings["examples"] = len(train)
-    per_step = batch_size * accumulate
+    settings["examples"], per_step = len(train), batch_size * accumulate
     per_epoch = math.ceil(len(train) / per_step)
     stack, hooks = collate or collator(model), Hooks(model, method)
     run = Run(
@@ -119,6 +118,7 @@ def fit(
                 watch.after_step()
                 model.zero_grad()
                 run.record(value)
+    hooks.warn_of_unfinished()
     return run.history
 
 

@@ -71,6 +71,7 @@ def callback(method: Any = None) -> Any:
             self.watch.after_step()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.hooks.warn_of_unfinished()
             if self.max_grad_norm:
                 args.max_grad_norm, self.max_grad_norm = self.max_grad_norm, 0.0
 

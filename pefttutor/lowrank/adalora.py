@@ -1,0 +1,214 @@
+"""AdaLoRA: give each layer as much rank as it turns out to need, out of one shrinking budget.
+
+    ΔW = s · P Λ Q          P (out, r), Λ = diag(λ) (r), Q (r, in);  s = lora_alpha / init_r
+
+P and Q are kept near orthogonal by a penalty, so that λ plays the part of singular values. All triplets (P's column, λ,
+Q's row) of all layers are ranked by how much the loss has come to depend on them, and the λ of the last ones are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.kernels.precision import unrounded
+from pefttutor.method import DEFAULT, Attachment, attached, attaching
+from pefttutor.parts.added import Added
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+from pefttutor.parts.settings import check_choice, check_number, check_whole
+from pefttutor.parts.triplets import KEPT, Triplets
+
+__all__ = ["AdaLoRA", "off_orthogonal"]
+
+COUNTER = "adalora_step"
+
+
+def off_orthogonal(rows: Tensor) -> Tensor:
+    """M Mᵀ − I, which is zero where the rows are orthogonal and of length 1; as precise as M, also under autocast.
+
+    >>> off_orthogonal(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    tensor([[1., 1.],
+            [1., 0.]])
+
+    Shapes: (r, n) → (r, r). Source: Zhang et al. 2023, eq. 4.
+    """
+    with unrounded(rows):
+        return rows @ rows.t() - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA:
+    """Low-rank adaptation with a rank for each layer that is found while it trains.
+
+        method = AdaLoRA(init_r=12, target_r=8, total_step=1000, tinit=100, tfinal=300)
+        method.attach(model);  pefttutor.fit(model, …, steps=1000);  method.ranks(model)
+
+    >>> method = AdaLoRA(init_r=4, target_r=2, total_step=8, tinit=2, tfinal=2, target_modules=("0",))
+    >>> [method.budget(step, layers=10) for step in range(8)]
+    [40, 40, 40, 28, 22, 20, 20, 20]
+
+    init_r, target_r: triplets a layer has at first, and on average in the end. Ranks that were taken away can come back
+        until the last `tfinal` steps: only λ is set to zero, and P, λ and Q go on training.
+    total_step, tinit, tfinal, deltaT: how many steps the training has; for how many the budget stays at first; and as
+        it is in the end; and every how many steps ranks are given out in between.
+    beta1, beta2: how slowly sensitivity and its uncertainty are averaged.
+    orth_reg_weight, squared_penalty: γ, and whether the penalty is the paper's, γ Σ ‖·‖²_F over all P and Q, or γ times
+        the mean of ‖·‖_F, as the authors' code and HF PEFT have it.
+    lora_alpha, target_modules, lora_dropout, modules_to_save, init_seed: as in LoRA.
+    scale_by_rank: s = lora_alpha / the rank that the layer has now. The released codes keep lora_alpha / init_r, so
+        that what stays isn't changed when others go.
+
+    The steps are counted across calls of `fit`. Adapter files hold P, λ, Q, the ranks and the count; the importances
+    lie in the model and in checkpoints, and start anew in a loaded adapter.
+
+    Shapes: P (out, r), λ (r, 1), Q (r, in), with r = init_r also when the ranks have shrunk.
+    Cost: it trains r · (in + out + 1) values a layer (`count`) and holds two more for each; a step takes some ten
+        passes over these, and r² · (in + out) FLOPs for the penalty; nothing once merged.
+    Raises: ValueError for a value that makes no sense, before anything is changed.
+    Source: Zhang et al. 2023, arXiv:2303.10512, eq. 3 to 13 and algorithm 1. Sensitivity is |w ∂L/∂w| with w after the
+        step and the gradient before it, as in the authors' code.
+    """
+
+    init_r: int = 12
+    target_r: int = 8
+    total_step: int | None = None
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    squared_penalty: bool = False
+    lora_alpha: float = 8
+    target_modules: str | Collection[str] = ("q_proj", "v_proj")
+    lora_dropout: float = 0.0
+    scale_by_rank: bool = False
+    modules_to_save: Collection[str] = ()
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_lowrank(self, rank="init_r")
+        for name, least in (("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+            check_whole(self, name, least=least)
+        for name in ("beta1", "beta2"):
+            check_number(self, name, above=0, below=1)
+        check_number(self, "orth_reg_weight", least=0)
+        for name in ("squared_penalty", "scale_by_rank"):
+            check_choice(self, name, (True, False))
+        if self.target_r > self.init_r:
+            raise ValueError(
+                f"target_r is {self.target_r}; it must be at most init_r, {self.init_r}: ranks only go."
+            )
+        if self.total_step is not None:
+            check_whole(self, "total_step")
+            if self.total_step <= self.tinit + self.tfinal:
+                raise ValueError(
+                    f"total_step is {self.total_step}; it must be more than tinit + tfinal, "
+                    f"{self.tinit + self.tfinal}, for the budget shrinks between them."
+                )
+
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model`, give its target modules their triplets, and return it.
+
+        Raises: ValueError without total_step, if the name is in use, a module doesn't exist, or a layer can't be
+            adapted or is smaller than init_r. The model is then as it was.
+        """
+        with attaching(model, self, name) as new:
+            if self.total_step is None:
+                raise ValueError(
+                    "total_step is None; AdaLoRA must know how many steps fit will take: total_step=…"
+                )
+            generator = torch.Generator().manual_seed(self.init_seed)
+            for path, layer in lowrank_targets(model, self, rank="init_r").items():
+                new.add(
+                    Triplets(
+                        path, layer, name, self.init_r, generator, scaling=self.lora_alpha / self.init_r,
+                        dropout=self.lora_dropout, scale_by_rank=self.scale_by_rank,
+                    )
+                )  # fmt: skip
+            counter = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+            new.add(Added([(model, "", added_key(COUNTER, name), counter)]))
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model
+
+    def count(self, model: nn.Module) -> int:
+        """How many values train, without attaching: Σ r · (in + out + 1) over the targets, and modules_to_save."""
+        return count_lowrank(model, self, lambda n_in, n_out: self.init_r * (n_in + n_out + 1), rank="init_r")
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """How many triplets each layer has been given, by its name in the model."""
+        return {part.path: int(part.held(KEPT).sum()) for a in self._mine(model) for part in _triplets(a)}
+
+    def budget(self, step: int, layers: int) -> int:
+        """How many triplets all layers have together after a step, counted from 0: cubic between tinit and tfinal."""
+        assert self.total_step is not None
+        first, last = self.init_r * layers, self.target_r * layers
+        left = 1 - (step - self.tinit) / (self.total_step - self.tfinal - self.tinit)
+        if step <= self.tinit:
+            return first
+        # With tfinal = 0 the released codes end a step too early, before the cube is zero.
+        return last if left <= 0 or step >= self.total_step - 1 else int((first - last) * left**3 + last)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """What is added to the loss to keep the rows of Q and the columns of P orthogonal."""
+        parts = [part for a in self._mine(model) if a.learns for part in _triplets(a)]
+        off = [off_orthogonal(rows) for part in parts for rows in (part.triplets[1], part.triplets[2].t())]
+        if not off or not self.orth_reg_weight:
+            return torch.zeros((), requires_grad=True)
+        if self.squared_penalty:
+            return self.orth_reg_weight * torch.stack([matrix.square().sum() for matrix in off]).sum()
+        return self.orth_reg_weight * torch.stack([matrix.norm() for matrix in off]).mean()
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Learn from the step what counts, and give out the ranks where that is due."""
+        for attachment in self._mine(model):
+            if attachment.learns:
+                self._allocate(_triplets(attachment), model.get_buffer(added_key(COUNTER, attachment.name)))
+
+    def _allocate(self, parts: list[Triplets], counter: Tensor) -> None:
+        assert self.total_step is not None
+        step, fixed_from = int(counter), self.total_step - self.tfinal
+        counter += 1
+        if step < fixed_from:
+            for part in parts:
+                part.learn_importance(self.beta1, self.beta2)
+        due = step > self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
+        if (due and step < fixed_from) or step == fixed_from:
+            scores = torch.cat([part.scores().to(counter.device) for part in parts])
+            kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+            kept[scores.topk(self.budget(step, len(parts))).indices] = True
+            for part, mask in zip(parts, kept.split(self.init_r), strict=True):
+                part.held(KEPT).copy_(mask)
+        if due or step >= fixed_from:
+            for part in parts:
+                part.cut()
+
+    def unfinished(self, model: nn.Module) -> str | None:
+        """Whether the budget has come down to its target, and if not, why."""
+        for attachment in self._mine(model):
+            done, layers = int(model.get_buffer(added_key(COUNTER, attachment.name))), _triplets(attachment)
+            if done == 0:
+                return (
+                    f"the budget never moved from {self.init_r * len(layers)} ranks, for after_step was never called: "
+                    "train with pefttutor.fit, or with callbacks=[pefttutor.callback()] in a Trainer"
+                )
+            if self.total_step is not None and done < self.total_step:
+                now = self.budget(done - 1, len(layers))
+                return (
+                    f"the budget has come to {now} ranks, not to {self.target_r * len(layers)}, for the training had "
+                    f"{done} of total_step={self.total_step} steps: train on, or give total_step={done}"
+                )
+        return None
+
+    def _mine(self, model: nn.Module) -> list[Attachment]:
+        return [a for a in attached(model).values() if a.method == self]
+
+
+def _triplets(attachment: Attachment) -> list[Triplets]:
+    return [part for part in attachment.parts if isinstance(part, Triplets)]
