@@ -111,6 +111,10 @@ def of_dora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return of_lora(kind, base, method) | {f"{n}.lora_magnitude_vector": o for n, (_, o) in found}
 
 
+def of_lora_fa(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return {name: size for name, size in of_lora(kind, base, method).items() if name.endswith("lora_B")}
+
+
 def of_ia3(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     targets, fed = KEYS_AND_FED[kind]
     on_input = layers(base, fed)
@@ -230,12 +234,15 @@ CASES = {
         lambda kind, base, _: sizes(base, lambda n: n in HEAD_WEIGHTS[kind]),
     ),
     "LoRA": Case(lambda kind: pt.LoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "LoRAFA": Case(lambda kind: pt.LoRAFA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora_fa),
+    "LoRAPlus": Case(lambda kind: pt.LoRAPlus(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
     "PASTA": Case(lambda kind: pt.PASTA(special_token_ids=SPECIAL), of_pasta),
     "PaFi": Case(
         lambda kind: pt.PaFi(fraction=0.1),
         lambda kind, base, m: int(m.fraction * sum(sizes(base, lambda n: n not in TABLES[kind]).values())),
     ),
+    "PiSSA": Case(lambda kind: pt.PiSSA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),

@@ -58,7 +58,10 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "AdaLoRA": lambda: SetUp(
             kind(init_r=3, target_r=2, total_step=2, target_modules=targets, init_seed=1)
         ),
-        "DoRA": lambda: SetUp(kind(r=2, target_modules=targets)),
+        **{
+            name: lambda: SetUp(kind(r=2, target_modules=targets))
+            for name in ("DoRA", "LoRAFA", "LoRAPlus", "PiSSA")
+        },
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
@@ -244,6 +247,9 @@ class ByHand:
                 lambdas = leaves.get(f"{path}.lora_E")
                 scaling = method.scaling if lambdas is None else method.lora_alpha / method.init_r
                 delta = scaling * leaves[f"{path}.lora_B"] @ (leaf if lambdas is None else lambdas * leaf)
+                start = [leaves.get(f"{path}.lora_{factor}_start") for factor in "BA"]
+                if start[0] is not None:
+                    delta = delta - method.scaling * start[0] @ start[1]
                 made[weight] = W[weight] + (delta.t() if turned else delta)
                 magnitude = leaves.get(f"{path}.lora_magnitude_vector")
                 if magnitude is not None:  # for the gradient the norm of each row is a constant
@@ -272,6 +278,7 @@ class ByHand:
                 adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
             elif key not in ("lora_B", "lora_E", "lora_magnitude_vector") and ending not in (
                 "alpha",
+                "start",
                 "group",
                 "norms",
             ):
@@ -680,7 +687,10 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
-    **{name: {_NOT_LINEAR: ("ResNet",)} for name in ("AdaLoRA", "Adapter", "DoRA", "IA3", "LoRA")},
+    **{
+        name: {_NOT_LINEAR: ("ResNet",)}
+        for name in ("AdaLoRA", "Adapter", "DoRA", "IA3", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA")
+    },
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(
             name for name, kind in ARCHITECTURES.items() if not kind.generates

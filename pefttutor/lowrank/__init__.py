@@ -3,5 +3,8 @@
 from pefttutor.lowrank.adalora import AdaLoRA
 from pefttutor.lowrank.dora import DoRA
 from pefttutor.lowrank.lora import LoRA
+from pefttutor.lowrank.lora_fa import LoRAFA
+from pefttutor.lowrank.lora_plus import LoRAPlus
+from pefttutor.lowrank.pissa import PiSSA
 
-__all__ = ["AdaLoRA", "DoRA", "LoRA"]
+__all__ = ["AdaLoRA", "DoRA", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA"]

@@ -148,14 +148,13 @@ class Decomposed(LowRank):
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = self.beneath()
         excess = self.ratio(weight) - 1  # (out)
-        dropped = self.dropout > 0 and self.layer.training and not isinstance(self.layer, nn.Embedding)
-        if not dropped:
+        if not self.drops:
             y = super().forward(inner, own, x, *args, **kwargs)  # u
             v = y if bias is None else y - bias.to(y.dtype)
         else:
             A, B = self.factors
             y, z = inner(x, *args, **kwargs), F.dropout(x, self.dropout)
-            low_rank = self.scaling * F.linear(F.linear(z, A.to(x.dtype)), B.to(x.dtype))
+            low_rank = self.scaling * self.branch(z, A, B)
             v = F.linear(z, weight.to(x.dtype)) + low_rank  # (…, out)
             y = y + low_rank.to(y.dtype)
         return (y + excess * v).to(y.dtype)  # the last sum is rounded once

@@ -46,6 +46,7 @@ class LowRank(LayerChange):
     """
 
     additive = True
+    fused = True  # whether it is added into the layer's own product where it can be
     stored = True  # whether the factors are the very tensors that are held; else they are made of more at each call
 
     def __init__(
@@ -65,7 +66,7 @@ class LowRank(LayerChange):
         """
         self.scaling, self.dropout, self.r = scaling, dropout, factors[0].shape[0]
         self.keys = added_key("lora_A", name), added_key("lora_B", name)
-        self.transposed = transposed(layer)
+        self.transposed, self.words = transposed(layer), isinstance(layer, nn.Embedding)
         weight = next(iter(layer.parameters()), next(iter(layer.buffers()), factors[0]))
         # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
         given = weight.dtype if weight.is_floating_point() else torch.float32
@@ -94,20 +95,28 @@ class LowRank(LayerChange):
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self.layer
         A, B = self.factors
-        if isinstance(layer, nn.Embedding):
-            y = inner(x, *args, **kwargs)
-            # As in nn.Embedding, the padding row gets no gradient, so it stays as it is.
-            rows = F.embedding(x, A.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
-            return y + (self.scaling * F.linear(rows, B)).to(y.dtype)
-        dropped = self.dropout > 0 and layer.training
-        if own and self.plain and not dropped and (weight := layer.weight).is_floating_point():
+        shared = own and self.plain and not (self.words or self.drops)
+        if shared and (weight := layer.weight).is_floating_point():
             weight = weight.t() if self.transposed else weight
             return lora_linear(x, weight, layer.bias, A, B, self.scaling)
-        y = inner(x, *args, **kwargs)
         # The two branches see different inputs, or the layer's own is computed by other code: nothing to share.
-        branch = F.dropout(x, self.dropout) if dropped else x
-        low_rank = F.linear(F.linear(branch, A.to(x.dtype)), B.to(x.dtype))  # (…, r) → (…, out)
+        y = inner(x, *args, **kwargs)
+        low_rank = self.branch(F.dropout(x, self.dropout) if self.drops else x, A, B)
         return y + (self.scaling * low_rank).to(y.dtype)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the low-rank branch sees a part of its input at the moment; words aren't dropped."""
+        return self.dropout > 0 and not self.words and self.layer.training
+
+    def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """x Aᵀ Bᵀ, or for words A[:, i]ᵀ Bᵀ. Shapes: (…, in) → (…, out)."""
+        if not self.words:
+            return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))  # (…, r) → (…, out)
+        layer: Any = self.layer
+        # As in nn.Embedding, the padding row gets no gradient, so it stays as it is.
+        rows = F.embedding(x, A.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+        return F.linear(rows, B)
 
     def touched(self) -> list[Tensor]:
         weight = self.layer._parameters.get("weight")
@@ -122,7 +131,7 @@ class LowRank(LayerChange):
         return weight + self.delta().to(weight.dtype), bias
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """x and x Aᵀ are kept; with dropout also a mask and a changed copy of x.
+        """x Aᵀ is kept, and where A trains x; with dropout also a mask and a changed copy of x.
 
         x is (tokens, in), or ids for an embedding.
         """
@@ -131,14 +140,16 @@ class LowRank(LayerChange):
         A, B = self.factors
         n_out = B.shape[0]
         if isinstance(layer, nn.Embedding):
-            tape.save(x, kind)
+            if A.requires_grad:
+                tape.save(x, kind)
             tape.save(x.like(width=self.r, itemsize=A.element_size(), grad=True), kind)
             return x.like(width=n_out, itemsize=layer.weight.element_size(), grad=True)
-        if not self.dropout:
-            tape.save(x, kind)
+        if self.fused and not self.dropout:
+            if A.requires_grad:
+                tape.save(x, kind)
             tape.save(x.like(width=self.r), kind)
             return x.like(width=n_out, grad=True)
-        narrow = tape.linear(tape.dropout(x, self.dropout), self.r, kind, weight=True)
+        narrow = tape.linear(tape.dropout(x, self.dropout), self.r, kind, weight=A.requires_grad)
         tape.linear(narrow, n_out, kind, weight=True)
         if A.element_size() != x.itemsize:  # the factors, rounded to the dtype of x
             for factor in (A, B):

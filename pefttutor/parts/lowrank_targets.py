@@ -15,12 +15,16 @@ from pefttutor.parts.settings import check_names, check_number, check_whole
 __all__ = ["check_lowrank", "count_lowrank", "lowrank_targets"]
 
 
-def check_lowrank(method: Any, *, rank: str = "r") -> None:
-    """Raise ValueError unless the fields that these methods share make sense. `rank`: the name of the rank's field."""
+def check_lowrank(method: Any, *, rank: str = "r", seeded: bool = True) -> None:
+    """Raise ValueError unless the fields that these methods share make sense.
+
+    rank: the name of the rank's field. seeded: whether the method draws at random.
+    """
     check_whole(method, rank)
     check_number(method, "lora_alpha", above=0, hint=f" (usual: {rank} or 2·{rank})")
     check_number(method, "lora_dropout", least=0, below=1)
-    check_whole(method, "init_seed", least=0)
+    if seeded:
+        check_whole(method, "init_seed", least=0)
     check_names(method, "target_modules", "modules_to_save")
 
 

@@ -1,0 +1,141 @@
+"""PiSSA: LoRA that starts at the directions in which a weight is strongest.
+
+    W₀ = U S Vᵀ          B₀ = U_r √(S_r / s),   A₀ = √(S_r / s) V_rᵀ,   so that s · B₀ A₀ is the best W₀ of rank r
+
+What trains is B A in the place of B₀ A₀; the rest of W₀ is frozen:
+
+    W' = (W₀ − s · B₀ A₀) + s · B A = W₀ + s · (B A − B₀ A₀)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.freezing import train_fully
+from pefttutor.parts.layer_change import Compute
+from pefttutor.parts.linear import dense_weight
+from pefttutor.parts.lowrank_layer import LowRank
+from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+
+__all__ = ["PiSSA", "principal_factors"]
+
+A_START, B_START = "lora_A_start", "lora_B_start"
+
+
+def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B with scaling · B A the best approximation of rank r to the weight; at least in float32.
+
+    >>> A, B = principal_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), r=2, scaling=0.5)
+    >>> (0.5 * B @ A).diag().round(decimals=4)
+    tensor([3., 2., 0.])
+
+    Shapes: (out, in) → (r, in), (out, r). Cost: a singular value decomposition, out·in·min(out, in).
+    Source: Meng et al. 2024, arXiv:2404.02948, eq. 2 and 3.
+    """
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    root = (S[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSA:
+    """Principal singular values and vectors adaptation of linear layers, embeddings and GPT-2's Conv1D.
+
+    y = x W₀ᵀ + b + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ),   s = lora_alpha / r
+
+    >>> model = nn.ModuleDict({"q_proj": nn.Linear(6, 4)})
+    >>> PiSSA(r=2, target_modules=("q_proj",)).count(model)          # 2 · (6 + 4), as LoRA's
+    20
+
+    r, lora_alpha, target_modules, lora_dropout, modules_to_save: as in LoRA. The authors take lora_alpha = r, and no
+        dropout; s drops out of the start.
+
+    The base keeps its own weight, bit for bit, and the start is subtracted beside it: the model starts as it was,
+    exactly, and can be detached. (The authors' code and HF PEFT write W₀ − s · B₀ A₀ into the weight, rounded.) An
+    adapter file holds the start too, since another machine's decomposition may differ in signs. As a change of W₀ what
+    was learned has a rank of up to 2·r.
+
+    Shapes: A (r, in), B (out, r), and their starts.
+    Cost: it trains r · (in + out) values a layer (`count`), and holds as many again. A token takes 4·r·(in + out) FLOPs
+        more, none once merged; attaching takes one decomposition a layer.
+    Raises: ValueError for a value that makes no sense, before anything is changed.
+    Source: Meng et al. 2024, arXiv:2404.02948, eq. 2 to 5.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | Collection[str] = ("q_proj", "v_proj")
+    lora_dropout: float = 0.0
+    modules_to_save: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        check_lowrank(self, seeded=False)
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of B A."""
+        return self.lora_alpha / self.r
+
+    def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model`, decompose the weights of its target modules, and return it.
+
+        Raises: ValueError if the name is in use, a module doesn't exist, or a layer can't be adapted, is smaller than
+            r, or can't tell its weight. The model is then as it was.
+        """
+        with attaching(model, self, name) as new:
+            for path, layer in lowrank_targets(model, self).items():
+                factors = principal_factors(dense_weight(layer), self.r, self.scaling)
+                new.add(
+                    FromStart(path, layer, name, factors, scaling=self.scaling, dropout=self.lora_dropout)
+                )
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model
+
+    def count(self, model: nn.Module) -> int:
+        """How many values train, without attaching: Σ r · (in + out) over the targets, and modules_to_save."""
+        return count_lowrank(model, self, lambda n_in, n_out: self.r * (n_in + n_out))
+
+
+class FromStart(LowRank):
+    """y = f(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ): each in products of its own, so that they cancel to the last bit."""
+
+    fused = False
+    stored = False
+
+    def __init__(
+        self, path: str, layer: nn.Module, name: str, factors: tuple[Tensor, Tensor], **how: float
+    ) -> None:
+        A, B = (factor.clone() for factor in factors)  # the trained ones move
+        super().__init__(path, layer, name, factors, beside={A_START: A, B_START: B}, **how)  # type: ignore[arg-type]
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor]:
+        """A₀ (r, in) and B₀ (out, r)."""
+        return self.held(A_START), self.held(B_START)
+
+    def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)
+        learned = self.branch(F.dropout(x, self.dropout) if self.drops else x, *self.factors)
+        return y + (self.scaling * (learned - self.branch(x, *self.start))).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """ΔW = s · (B A − B₀ A₀). Shapes: → (out, in)."""
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.start)
+        return super().delta() - self.scaling * (B @ A)
+
+    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
+        """What LoRA keeps; next to a weight in half precision also the rounded start."""
+        y = super().trace(layer, x, tape, kind)
+        if y is not None and x.grad and self.start[0].element_size() != x.itemsize:
+            for factor in self.start:
+                tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
+        return y
