@@ -159,7 +159,7 @@ def _sum_of_losses(
     for first in range(0, hidden.shape[0], rows):
         some = slice(first, first + rows)
         h = hidden[some].to(head.dtype)
-        p = F.linear(h, head, shift).log_softmax(1, dtype=wide)  # (rows, vocabulary)
+        p = F.linear(h, head, shift).to(wide).log_softmax(1)  # (rows, vocabulary)
         losses.append(F.nll_loss(p, labels[some], ignore_index=ignore_index, reduction="sum"))
         if any(grad is not None for grad in grads):
             p.exp_().scatter_add_(1, own[some], minus_one.expand(len(h), 1))  # softmax(z) − one-hot

@@ -73,19 +73,18 @@ def lora_linear(
     Raises: ValueError where the shapes don't fit, TypeError where the dtypes don't.
     Source: Hu et al. 2021, LoRA, eq. 3.
     """
-    n_out, r = lora_B.shape if lora_B.dim() == 2 else (-1, -1)
-    n_in = x.shape[-1] if x.dim() else -1
-    fits = weight.shape == (n_out, n_in) and lora_A.shape == (r, n_in)
-    if not fits or not (bias is None or bias.shape == (n_out,)):
-        raise ValueError(_misfit(x, weight, bias, lora_A, lora_B))
     if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
         raise TypeError(
             f"lora_linear: x is {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; expected floating point"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:  # a shorter one would be repeated
+        raise ValueError(_misfit(x, weight, bias, lora_A, lora_B))
     dtype = shared_dtype("lora_linear", x, weight, bias)
-    if threads.short_way(x.device):
-        return _composed(x, weight, bias, lora_A, lora_B, scaling, dtype)
-    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dtype)
+    compute = _composed if threads.short_way(x.device) else _apply
+    try:
+        return compute(x, weight, bias, lora_A, lora_B, scaling, dtype)
+    except (RuntimeError, IndexError) as error:  # products look at the other shapes anyway
+        raise (ValueError(why) if (why := _misfit(x, weight, bias, lora_A, lora_B)) else error) from None
 
 
 def _composed(
@@ -118,23 +117,21 @@ class _LoRALinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         _, needs_weight, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        ctx.scaling, ctx.x_dtype, ctx.x_shape = scaling, x.dtype, x.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        # The parameters exist anyway; x and x Aᵀ are all that this layer makes the step remember.
-        keep = [None, None, weight, lora_A, lora_B]
-        x, W, A, B = _as(dtype, x), _as(dtype, weight), _as(dtype, lora_A), _as(dtype, lora_B)
-        tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        ctx.noted = scaling, x.dtype, x.shape, None if bias is None else bias.dtype
+        shape, W, A, B = x.shape, weight, lora_A, lora_B
+        if not x.dtype == W.dtype == A.dtype == B.dtype == dtype:
+            x, W, A, B = (_as(dtype, t) for t in (x, W, A, B))
+        tokens = x.reshape(-1, shape[-1])  # (tokens, in)
         y = (
             tokens.mm(W.t()) if bias is None else torch.addmm(_as(dtype, bias), tokens, W.t())
         )  # (tokens, out)
         x_A = A.mm(tokens.t()).t()  # (tokens, r), column by column
         y.addmm_(x_A, B.t(), alpha=scaling)
-        if needs_A or needs_weight:
-            keep[0] = x
-        if needs_B:
-            keep[1] = x_A
-        ctx.save_for_backward(*keep)
-        return y.view(*ctx.x_shape[:-1], y.shape[-1])
+        # The parameters exist anyway; x and x Aᵀ are all that this layer makes the step remember.
+        ctx.save_for_backward(
+            x if needs_A or needs_weight else None, x_A if needs_B else None, weight, lora_A, lora_B
+        )
+        return y.view(*shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,10 +140,16 @@ class _LoRALinear(torch.autograd.Function):
         return _gradients(ctx, grad)
 
 
+# The usual `apply` prepares for torch.func, which this kernel doesn't support (torch refuses it here too): that takes
+# as long as a product of a small layer.
+_apply: Any = super(torch.autograd.Function, _LoRALinear).apply
+
+
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, x_A, weight, lora_A, lora_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
-    dtype, scaling = grad.dtype, ctx.scaling
+    scaling, x_dtype, x_shape, bias_dtype = ctx.noted
+    dtype = grad.dtype
     grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
     grad_x = grad_W = grad_A = grad_B = None
     if needs_A or needs_weight:
@@ -160,13 +163,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_A = through_B.t().mm(tokens)
     if needs_x:  # (tokens, in)
         grad_x = grad.mm(_as(dtype, weight)).addmm_(through_B, _as(dtype, lora_A))
-        grad_x = _as(ctx.x_dtype, grad_x.view(ctx.x_shape))
+        grad_x = _as(x_dtype, grad_x.view(x_shape))
     if needs_weight:  # (out, in)
         grad_W = _as(weight.dtype, grad.t().mm(tokens))
     return (
         grad_x,
         grad_W,
-        grad.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+        grad.sum(0).to(bias_dtype) if needs_bias else None,
         None if grad_A is None else _as(lora_A.dtype, grad_A),
         None if grad_B is None else _as(lora_B.dtype, grad_B),
         None,
@@ -190,8 +193,8 @@ def _narrow(like: Tensor, rows: int, r: int) -> Tensor:
     return like.new_empty_strided((rows, r), (1, rows))
 
 
-def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> str:
-    """What was given and what was expected."""
+def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> str | None:
+    """What was given and what was expected; None where all fits."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         return (
             f"lora_linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}, expected x (…, in) and weight "
@@ -200,6 +203,8 @@ def _misfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora
     n_out, n_in = weight.shape
     if bias is not None and bias.shape != (n_out,):
         return f"lora_linear: bias is {tuple(bias.shape)}, expected ({n_out},)"
+    if lora_B.dim() == 2 and lora_B.shape[0] == n_out and lora_A.shape == (lora_B.shape[1], n_in):
+        return None
     return (
         f"lora_linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, expected "
         f"(r, {n_in}) and ({n_out}, r) for a weight of {tuple(weight.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,9 +35,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     (torch.bfloat16, torch.float64)
     """
     dtype, kind = x.dtype, x.device.type
-    if dtype == torch.float64 or not dtype.is_floating_point or not torch.amp.is_autocast_available(kind):
+    if not _can_cast(kind) or not torch.is_autocast_enabled(kind):
         return dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    return torch.get_autocast_dtype(kind) if dtype.is_floating_point and dtype != torch.float64 else dtype
+
+
+_can_cast = cache(torch.amp.is_autocast_available)  # asked in every call of every layer
 
 
 def shared_dtype(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -247,9 +247,14 @@ def test_a_step_on_the_meta_device_allocates_nothing():
     assert meta["x"].grad.shape == meta["x"].shape
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
+        ({"x": torch.tensor(1.0)}, ValueError, r"x is \(\) and weight"),
+        ({"weight": torch.zeros(6)}, ValueError, r"weight \(6,\), expected"),
+        ({"lora_B": torch.zeros(7)}, ValueError, r"lora_B \(7,\), expected"),
+        ({"bias": torch.zeros(1)}, ValueError, r"bias is \(1,\), expected \(7,\)"),
         ({"x": torch.zeros(4, 5)}, ValueError, r"x is \(4, 5\).*weight \(7, 6\).*weight\.t\(\)"),
         ({"lora_A": torch.zeros(3, 7)}, ValueError, r"expected \(r, 6\) and \(7, r\)"),
         ({"lora_B": torch.zeros(7, 2)}, ValueError, r"lora_B \(7, 2\)"),
@@ -274,3 +279,14 @@ def test_a_second_derivative_is_refused_not_wrong():
     (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_on_a_cpu_a_transform_of_functions_is_refused_not_wrong(transform):
+    tensors = draw(3, 4, trained=())
+
+    def result(x):
+        return lora_linear(x, *list(tensors.values())[1:], 0.5).square().sum()
+
+    with pytest.raises(RuntimeError):
+        transform(result)(tensors["x"])
