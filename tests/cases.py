@@ -59,6 +59,18 @@ NORMS = {
     "llama": r"norm\.", "gpt2": r"\.ln_.\.", "bert": r"LayerNorm\.", "t5": r"layer_norm\.", "vit": r"layernorm",
     "net": r"\.norm\.",
 }  # fmt: skip
+READERS = {
+    "llama": "model",
+    "gpt2": "transformer",
+    "bert": "bert",
+    "t5": "encoder",
+}  # what reads a text's tokens
+PREFIXED = {
+    "llama": ("model", 2 * 6),
+    "gpt2": ("transformer", 24),
+    "bert": ("bert", 24),
+    "t5": ("decoder", 4 * 5),
+}
 KEYS_AND_FED = {  # IA3's targets, and those whose input is scaled
     "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
     "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
@@ -139,6 +151,33 @@ def of_masking(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
 
 def of_pasta(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{BLOCKS[kind]}.{i}.special": method.num_special * 24 for i in (0, 1)}
+
+
+def of_prompt(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return {f"{READERS[kind]}.prompt": method.num_virtual_tokens * 24}
+
+
+def of_ptuning(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """A table of 3 rows, two layers of an LSTM with 5 states in each direction, and two linear layers."""
+    layers = {
+        "table": 3 * 24,
+        "head_0_weight": 10 * 10,
+        "head_0_bias": 10,
+        "head_2_weight": 10 * 24,
+        "head_2_bias": 24,
+    }
+    for layer, width in (("l0", 24), ("l1", 10)):
+        for way in ("", "_reverse"):
+            layers |= {f"lstm_weight_ih_{layer}{way}": 20 * width, f"lstm_weight_hh_{layer}{way}": 20 * 5}
+            layers |= {f"lstm_bias_{x}_{layer}{way}": 20 for x in ("ih", "hh")}
+    return {f"{READERS[kind]}.ptuning_{name}": size for name, size in layers.items()}
+
+
+def of_prefix(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """In both layers a key and a value for each virtual token, of so many heads times their width."""
+    body, both = PREFIXED[kind]
+    table = {"table": 3 * 24, "0_weight": 5 * 24, "0_bias": 5, "2_weight": 5 * 4 * both, "2_bias": 4 * both}
+    return {f"{body}.prefix_{name}": size for name, size in table.items()}
 
 
 def everything(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
@@ -238,11 +277,16 @@ CASES = {
     "LoRAPlus": Case(lambda kind: pt.LoRAPlus(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
     "PASTA": Case(lambda kind: pt.PASTA(special_token_ids=SPECIAL), of_pasta),
+    "PTuning": Case(lambda kind: pt.PTuning(num_virtual_tokens=3, encoder_hidden_size=5), of_ptuning),
     "PaFi": Case(
         lambda kind: pt.PaFi(fraction=0.1),
         lambda kind, base, m: int(m.fraction * sum(sizes(base, lambda n: n not in TABLES[kind]).values())),
     ),
     "PiSSA": Case(lambda kind: pt.PiSSA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "PrefixTuning": Case(
+        lambda kind: pt.PrefixTuning(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=5), of_prefix
+    ),
+    "PromptTuning": Case(lambda kind: pt.PromptTuning(num_virtual_tokens=3), of_prompt),
     "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),
@@ -265,6 +309,15 @@ CANNOT = {
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
     ("PASTA", "net"): r"PASTA adds to special tokens, and a Net has none",
     ("PASTA", "merge"): r"can't be merged",
+    ("PTuning", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
+    ("PTuning", "net"): r"before a text's tokens, and a Net has none that it tells of",
+    ("PTuning", "merge"): r"can't be merged",
+    ("PrefixTuning", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
+    ("PrefixTuning", "net"): r"before a text's tokens, and a Net has none that it tells of",
+    ("PrefixTuning", "merge"): r"can't be merged",
+    ("PromptTuning", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
+    ("PromptTuning", "net"): r"before a text's tokens, and a Net has none that it tells of",
+    ("PromptTuning", "merge"): r"can't be merged",
     ("ProxyTuning", "bert"): r"steers what a causal language model writes next, and a BertForS\w+ isn't one",
     ("ProxyTuning", "t5"): r"steers what .*, and a T5ForConditionalGeneration has an encoder",
     ("ProxyTuning", "vit"): r"steers what a causal language model writes next, and a ViTFor\w+ isn't one",
@@ -273,6 +326,9 @@ CANNOT = {
 }
 STARTS_OTHERWISE = {
     "Masking": "it prunes init_sparsity of the weights at once",
+    "PTuning": "the model reads other words",
+    "PrefixTuning": "the model sees other keys",
+    "PromptTuning": "the model reads other words",
     "ProxyTuning": "it steers at once",
 }
 TRAINS_NOTHING = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import re
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import pefttutor
@@ -80,6 +82,9 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "AutoFreeze": lambda: SetUp(kind(interval=1)),
         "ProxyTuning": lambda: SetUp(kind(alpha=0.5), tuple(_changed(model, seed) for seed in (1, 2))),
         "PASTA": lambda: SetUp(kind(special_token_ids=_in_the_texts(rows))),
+        "PTuning": lambda: SetUp(kind(num_virtual_tokens=3, encoder_hidden_size=5, encoder_num_layers=1)),
+        "PrefixTuning": lambda: SetUp(kind(num_virtual_tokens=3)),
+        "PromptTuning": lambda: SetUp(kind(num_virtual_tokens=3)),
     }
     if name in known:
         return known[name]()
@@ -218,12 +223,14 @@ class Form:
 @dataclass
 class ByHand:
     """What trains as leaves, by the name it is saved under; the base's weights made of these; PASTA's vectors; the
-    projections of adapters."""
+    projections of adapters; a prompt; and a prefix."""
 
     leaves: dict[str, Tensor]
     weights: dict[str, Tensor]
     vectors: dict[str, Tensor]
     adapters: dict[str, dict[str, Tensor]]
+    prompt: Tensor | None = None
+    prefix: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, base: nn.Module) -> ByHand:
@@ -234,7 +241,7 @@ class ByHand:
             n: t for n, t in saved.items() if t.is_floating_point() and n not in dict(base.named_buffers())
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
-        made, vectors = {}, {}
+        made, vectors, prompt, prefix = {}, {}, None, None
         adapters: dict[str, dict[str, Tensor]] = {}
         for name, leaf in leaves.items():
             path, _, key = name.rpartition(".")
@@ -274,6 +281,12 @@ class ByHand:
                 made[full] = W[full] + z[0] * z[1] * leaf
             elif key == "special":
                 vectors[path] = leaf
+            elif key == "prompt":
+                prompt = leaf
+            elif key == "prefix":
+                prefix = leaf
+            elif key.startswith("ptuning_"):
+                prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
             elif key.startswith("adapter_"):
                 adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
             elif key not in ("lora_B", "lora_E", "lora_magnitude_vector") and ending not in (
@@ -283,7 +296,7 @@ class ByHand:
                 "norms",
             ):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
-        return cls(leaves, made, vectors, adapters)
+        return cls(leaves, made, vectors, adapters, prompt, prefix)
 
 
 @contextlib.contextmanager
@@ -324,6 +337,98 @@ def _adapters(base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], met
         handle.remove()
 
 
+def _encoded(given: Mapping[str, Tensor]) -> Tensor:
+    """What P-tuning's encoder makes of its table: an LSTM of one layer, written out, and two linear layers."""
+
+    def states(way: str) -> list[Tensor]:
+        w, u, b, c = (
+            given[f"lstm_{kind}_l0{way}"] for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        h = cell = torch.zeros(u.shape[1])
+        found = []
+        for x in given["table"].flip(0) if way else given["table"]:
+            i, f, g, o = (w @ x + b + u @ h + c).chunk(4)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * cell.tanh()
+            found.append(h)
+        return found[::-1] if way else found
+
+    both = torch.cat([torch.stack(states("")), torch.stack(states("_reverse"))], 1)
+    inner = (both @ given["head_0_weight"].t() + given["head_0_bias"]).relu()
+    return inner @ given["head_2_weight"].t() + given["head_2_bias"]
+
+
+@contextlib.contextmanager
+def _prompted(base: Any, prompt: Tensor, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Virtual tokens by hand: the texts, which are padded on the right, come as embeddings with the prompt before."""
+    count, both, handles = len(prompt), base.config.is_encoder_decoder, []
+
+    def longer(key: str, value: int) -> Tensor:
+        return torch.cat([inputs[key].new_full((len(inputs[key]), count), value), inputs[key]], 1)
+
+    def embed(module: Any, args: Any, kwargs: Any) -> Any:
+        """Where ids become embeddings, the virtual ones are the prompt, whatever else is made of the ids."""
+        ids = kwargs.pop("input_ids", None) if not args else args[0]
+        words = module.get_input_embeddings()(ids)
+        words = torch.cat([prompt.expand(len(ids), -1, -1), words[:, count:]], 1)
+        return (), kwargs | {"inputs_embeds": words}
+
+    def cut(module: Any, args: Any, output: Any) -> Any:
+        """Before a head or a pooler looks at the first token."""
+        if isinstance(output, Tensor):
+            return output[:, count:] if output.dim() == 3 else output
+        parts = {k: cut(module, args, v) for k, v in output.items()} if isinstance(output, dict) else None
+        return type(output)(**parts) if parts else tuple(cut(module, args, each) for each in output)
+
+    body = base.get_encoder() if both else base.base_model
+    body = getattr(body, "decoder", body) if not both else body  # OPT's
+    handles.append(body.register_forward_pre_hook(embed, with_kwargs=True))
+    inputs = inputs | {"input_ids": longer("input_ids", 3), "attention_mask": longer("attention_mask", 1)}
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = longer("token_type_ids", 0)
+    if inputs["labels"].dim() == 2 and not both:
+        labels = inputs["labels"].clone()
+        labels[:, 0] = -100 if base.can_generate() else labels[:, 0]  # the base wouldn't predict it either
+        inputs["labels"] = torch.cat([labels.new_full((len(labels), count), -100), labels], 1)
+    elif not both:
+        end = getattr(body, "encoder", getattr(body, "transformer", body))
+        handles.append(end.register_forward_hook(cut))
+    yield inputs
+    for handle in handles:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _prefixed(base: Any, prefix: Tensor, batch: Mapping[str, Any]) -> Iterator[None]:
+    """A prefix by hand: the body goes on from a cache that holds it, as if its words had been read before."""
+    both = base.config.is_encoder_decoder
+    body, config = base.get_decoder() if both else base.base_model, base.config.get_text_config(decoder=True)
+    body = getattr(body, "decoder", body)  # OPT's
+    heads = config.num_attention_heads
+    if base.can_generate() and not both:  # it may share keys and values between heads
+        with torch.no_grad():
+            held = base(**batch, use_cache=True)
+        held = held["cache" if "cache" in held.keys() else "past_key_values"]  # noqa: SIM118 (`in` knows old names)
+        heads = held.layers[0].keys.shape[1]
+    count, layers = len(prefix), getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    rows = prefix.view(count, layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
+
+    def go_on(module: Any, args: Any, kwargs: Any) -> Any:
+        texts = args[0] if args else kwargs.get("input_ids")
+        filled = hf.DynamicCache([tuple(x.expand(len(texts), -1, -1, -1) for x in layer) for layer in rows])
+        name = next(
+            key for key in ("cache", "past_key_values") if key in inspect.signature(module.forward).parameters
+        )
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], 1)
+        return args, kwargs | {name: hf.EncoderDecoderCache(filled, hf.DynamicCache()) if both else filled}
+
+    handle = body.register_forward_pre_hook(go_on, with_kwargs=True)
+    yield
+    handle.remove()
+
+
 def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Dense autograd of the base's own loss, by the name that is saved; zero where nothing leads to the loss."""
     by_hand, inputs = (
@@ -331,7 +436,13 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
         dict(batch) if "labels" in batch else {**batch, "return_loss": True},
     )
     method = pefttutor.adapted(model)
-    with _special(base, by_hand.vectors, batch, method), _adapters(base, by_hand.adapters, method):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_special(base, by_hand.vectors, batch, method))
+        stack.enter_context(_adapters(base, by_hand.adapters, method))
+        if by_hand.prompt is not None:
+            inputs = stack.enter_context(_prompted(base, by_hand.prompt, inputs))
+        if by_hand.prefix is not None:
+            stack.enter_context(_prefixed(base, by_hand.prefix, batch))
         loss = torch.func.functional_call(base, by_hand.weights, args=(), kwargs=inputs).loss
     leaves = by_hand.leaves
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -676,6 +787,11 @@ _NO_TOKENS = ("Whisper", "ViT", "Swin", "ConvNeXt", "BEiT", "DINOv2", "ResNet", 
               "Whisper, encoder")  # fmt: skip
 _NO_LABELS = r"needs labels, and an example has only input_ids, .*give log_likelihood="
 _NOT_LINEAR = r"'[\w.]+' can't be adapted: it is a Conv2d, not.*It has: "
+_NO_TEXT = {
+    r"before a text's tokens, and a \w+ has none: it reads (pixel|input)_(values|features)\.": _NO_TOKENS,
+    r"before a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),
+    r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
+}
 
 # By method: the message's pattern, and for which architectures.
 REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -685,6 +801,23 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         r"adds to special tokens, and a \w+ has none: it reads (pixel|input)_(values|features)\.": _NO_TOKENS,
         r"adds to special tokens, and a CLIPModel has none that it tells of": ("CLIP",),
         r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
+    },
+    **{name: _NO_TEXT for name in ("PTuning", "PromptTuning")},
+    "PrefixTuning": {
+        r"keys and values, and a \w+ takes no cache of these.*PromptTuning puts": (
+            "DistilBERT",
+            "ALBERT",
+            "DeBERTa-v2",
+            "MPNet",
+            "ModernBERT",
+        ),
+        r"of one shape in every layer, and of the 2 layers of a \w+ [01] give some.*PromptTuning puts": (
+            "Mamba",
+            "Mamba2",
+            "Bamba",
+            "Jamba",
+        ),
+        **_NO_TEXT,
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{

@@ -207,7 +207,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the base's own parameters, without what a method has added."""
-    added = ("_values", "_scores", "_delta", "_alpha", "_group", "special", "lora_A", "lora_B", "ia3_l")
+    added = (
+        "_values", "_scores", "_delta", "_alpha", "_group", "special", "lora_A", "lora_B", "ia3_l", "prompt"
+    )  # fmt: skip
     return {
         name: values for name, values in weights(model).items() if not name.partition("@")[0].endswith(added)
     }

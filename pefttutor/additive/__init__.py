@@ -1,8 +1,11 @@
 """Additive methods (chapter 4.2): new parameters on the input, inside of the model, or on its output."""
 
+from pefttutor.additive.input.prompt import PromptTuning
+from pefttutor.additive.input.ptuning import PTuning
 from pefttutor.additive.inside.adapter import Adapter
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
+from pefttutor.additive.inside.prefix import PrefixTuning
 from pefttutor.additive.output.proxy import ProxyTuning
 
-__all__ = ["IA3", "PASTA", "Adapter", "ProxyTuning"]
+__all__ = ["IA3", "PASTA", "Adapter", "PTuning", "PrefixTuning", "PromptTuning", "ProxyTuning"]

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["close_enough", "evaluating", "fresh_casts", "one_row", "ordinary", "settings", "trial"]
+__all__ = [
+    "close_enough",
+    "evaluating",
+    "fresh_casts",
+    "one_row",
+    "ordinary",
+    "settings",
+    "special_tokens",
+    "trial",
+]
 
 
 @contextmanager
@@ -120,12 +129,23 @@ def ordinary(model: Any, classes: int, count: int) -> list[int]:
     >>> ordinary(SimpleNamespace(config=SimpleNamespace(pad_token_id=0, eos_token_id=2)), classes=10, count=3)
     [1, 3, 4]
     """
+    special = special_tokens(model)
+    return sorted(range(min(classes, 64 + count)), key=lambda i: i in special)[:count]
+
+
+def special_tokens(model: Any) -> set[int]:
+    """The ids that the model's config calls a token of a special kind.
+
+    >>> from types import SimpleNamespace
+    >>> special_tokens(SimpleNamespace(config=SimpleNamespace(pad_token_id=0, eos_token_id=[2, 3])))
+    {0, 2, 3}
+    """
     special: set[int] = set()
     for config in _configs(model):
         for name, value in vars(config).items():
             if name.endswith(("token_id", "token_index")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
-    return sorted(range(min(classes, 64 + count)), key=lambda i: i in special)[:count]
+    return special
 
 
 def close_enough(model: nn.Module) -> float:

@@ -42,6 +42,7 @@ class Attention:
     sdpa 9216
 
     bias: of T5's positions; None where there is none, else whether it trains. masked: whether `sdpa` gets a mask.
+    before: how many of the keys are a prefix that trains.
     float_softmax: whether the model takes the softmax in float32 and rounds it back, which keeps both.
     """
 
@@ -55,9 +56,12 @@ class Attention:
     float_softmax: bool = False
     bias: bool | None = None
     masked: bool = False
+    before: int = 0
 
     def __call__(self, tape: Tape, q: Paper, k: Paper, v: Paper) -> Paper:
         """q (batch · length, heads · d), k and v (batch · keys, kv_heads · d) → (batch · length, heads · d)."""
+        if self.before:
+            k, v = (x.like(rows=x.rows + self.batch * self.before, grad=True) for x in (k, v))
         if self.mode == "eager":
             return self._written_out(tape, q, k, v)
         if tape.device == "cpu" and (self.dropout or self.bias):  # which the fused kernel there doesn't know

@@ -44,7 +44,7 @@ def llama(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.mul(gate, tape.call(layer.mlp.up_proj, h, "ffn"), "ffn")
         return x.like(tape.call(layer.mlp.down_proj, h, "ffn"))
 
-    x = opened(tape, model, tape.call(body.embed_tokens, step.ids(step.sequence_length), "embeddings"))
+    x = opened(tape, model, tape.call(body.embed_tokens, step.ids(step.sequence_length), "embeddings"), body)
     for layer in body.layers:
         x = tape.block(block, layer, x)
     return tape.call(body.norm, x, "norms")
@@ -78,7 +78,7 @@ def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.call(layer.mlp.c_proj, tape.activation(config.activation_function, h, "ffn"), "ffn")
         return x.like(tape.dropout(h, config.resid_pdrop))
 
-    x = opened(tape, model, tape.call(body.wte, step.ids(step.sequence_length), "embeddings"))
+    x = opened(tape, model, tape.call(body.wte, step.ids(step.sequence_length), "embeddings"), body)
     x = x.like(tape.call(body.wpe, Paper(step.sequence_length, 1, INDEX, False), "embeddings"))
     x = tape.dropout(x, config.embd_pdrop)
     mask = step.mask(step.sequence_length, step.sequence_length, x.itemsize, causal=True)
@@ -108,7 +108,9 @@ def bloom(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.call(layer.mlp.dense_4h_to_h, h, "ffn")
         return residual.like(tape.dropout(h, config.hidden_dropout))
 
-    x = opened(tape, model, tape.call(body.word_embeddings, step.ids(step.sequence_length), "embeddings"))
+    x = opened(
+        tape, model, tape.call(body.word_embeddings, step.ids(step.sequence_length), "embeddings"), body
+    )
     x = tape.call(body.word_embeddings_layernorm, x, "norms")
     for layer in body.h:
         x = tape.block(block, layer, x)

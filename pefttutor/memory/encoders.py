@@ -21,7 +21,9 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
     Shapes: → (batch · sequence, d), the last hidden state.
     """
     body, config = model.base_model, model.config
-    attention = step.heads(config.num_attention_heads, dropout=config.attention_probs_dropout_prob)
+    attention = step.heads(
+        config.num_attention_heads, dropout=config.attention_probs_dropout_prob, causal=False
+    )
     p = config.hidden_dropout_prob
 
     def block(tape: Tape, layer: Any, x: Paper, mask: Paper | None) -> Paper:
@@ -38,8 +40,8 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
     x = tape.call(e.word_embeddings, step.ids(step.sequence_length), "embeddings")
     x = x.like(tape.call(e.token_type_embeddings, kinds, "embeddings"))
     x = x.like(tape.call(e.position_embeddings, positions, "embeddings"))
-    x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x), "norms"), p)
-    mask = step.mask(step.sequence_length, step.sequence_length, x.itemsize)
+    x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x, body), "norms"), p)
+    mask = step.mask(step.sequence_length, step.sequence_length + step.prefix, x.itemsize)
     for layer in body.encoder.layer:
         x = tape.block(block, layer, x, mask=mask)
     return x
@@ -85,6 +87,8 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
 def t5(tape: Tape, model: Any, step: Step) -> Paper:
     """Encoder and decoder of T5 and mT5, written onto the tape.
 
+    Padding is that of the text that is read, and a prefix stands before the one that is written.
+
     Shapes: → (batch · target, d), the decoder's last hidden state. Raises: ValueError for an encoder alone.
     """
     if not hasattr(model, "decoder"):
@@ -104,21 +108,21 @@ def t5(tape: Tape, model: Any, step: Step) -> Paper:
 
     def feed_forward(tape: Tape, layer: Any, x: Paper) -> Paper:
         inner, h = layer.DenseReluDense, tape.call(layer.layer_norm, x, "norms")
-        act = config.dense_act_fn
         if config.is_gated_act:
-            gate = tape.activation(act, tape.call(inner.wi_0, h, "ffn"), "ffn")
+            gate = tape.activation(config.dense_act_fn, tape.call(inner.wi_0, h, "ffn"), "ffn")
             h = tape.mul(gate, tape.call(inner.wi_1, h, "ffn"), "ffn")
         else:
-            h = tape.activation(act, tape.call(inner.wi, h, "ffn"), "ffn")
+            h = tape.activation(config.dense_act_fn, tape.call(inner.wi, h, "ffn"), "ffn")
         return x.like(tape.dropout(tape.call(inner.wo, tape.dropout(h, p), "ffn"), p))
 
     def stack(part: Any, length: int, states: Paper | None) -> Paper:
         saves_layers = part.block[0].gradient_checkpointing
         bias = tape.trains(*part.block[0].layer[0].SelfAttention.relative_attention_bias.parameters())
-        own = replace(step, padding=step.padding and not states)  # padding is that of the text that is read
+        own = replace(step, padding=step.padding and not states, prefix=step.prefix if states else 0)
         self_attention = own.heads(heads, length=length, dropout=p, bias=bias or saves_layers)
         cross_attention = step.heads(heads, length=length, keys=n, dropout=p, bias=saves_layers)
-        x = tape.dropout(opened(tape, model, tape.call(part.embed_tokens, step.ids(length), "embeddings")), p)
+        x = tape.call(part.embed_tokens, step.ids(length), "embeddings")
+        x = tape.dropout(opened(tape, model, x, part), p)
 
         def block(tape: Tape, layer: Any, x: Paper, states: Paper | None, **given: Paper | None) -> Paper:
             if bias and "own" not in given:  # the first layer makes it
@@ -130,8 +134,8 @@ def t5(tape: Tape, model: Any, step: Step) -> Paper:
 
         masks = own.mask(length, length, x.itemsize, causal=bool(states)), step.mask(length, n, x.itemsize)
         given = {"states": states, "mask": masks[0], "cross_mask": masks[1] if states else None}
-        biases = [Paper(heads * length, keys, x.itemsize, bias) for keys in (length, n)]  # the first layer's
-        passed_on = {"own": biases[0], "cross": biases[1] if states else None}
+        biases = [Paper(heads * length, keys, x.itemsize, bias) for keys in (length + own.prefix, n)]
+        passed_on = {"own": biases[0], "cross": biases[1] if states else None}  # the first layer's
         for i, layer in enumerate(part.block):
             x = tape.block(block, layer, x, **given, **(passed_on if i else {}))
         return tape.dropout(tape.call(part.final_layer_norm, x, "norms"), p)

@@ -26,6 +26,7 @@ class Step:
     target_length: int  # how long an encoder-decoder's labels are
     attention: str
     padding: bool = False  # whether the texts of a batch differ in length
+    prefix: int = 0  # keys and values that train before those of a text
 
     def ids(self, length: int) -> Paper:
         return Paper(self.batch_size * length, 1, INDEX, False)
@@ -34,10 +35,20 @@ class Step:
         self, heads: int, *, kv: int | None = None, window: int | None = None, **more: Any
     ) -> Attention:
         length = more.pop("length", self.sequence_length)
-        keys = more.pop("keys", length)
-        masked = self.padding or (window is not None and keys >= window)
+        before = self.prefix if "keys" not in more else 0  # it doesn't stand before another text's
+        keys = more.pop("keys", length) + before
+        causal = more.pop("causal", True)  # then a kernel needs to be told that all of a prefix is seen
+        masked = self.padding or (causal and before > 0) or (window is not None and keys >= window)
         return Attention(
-            self.batch_size, heads, kv or heads, length, keys, self.attention, masked=masked, **more
+            self.batch_size,
+            heads,
+            kv or heads,
+            length,
+            keys,
+            self.attention,
+            masked=masked,
+            before=before,
+            **more,
         )
 
     def mask(self, length: int, keys: int, itemsize: int, *, causal: bool = False) -> Paper | None:
@@ -50,15 +61,18 @@ class Step:
         >>> step.mask(16, 16, 4), step.mask(16, 16, 4, causal=True).numel
         (None, 512)
         """
-        if self.attention == "flash_attention_2" or not (
-            self.padding or (causal and self.attention == "eager")
-        ):
+        before = self.prefix if causal else 0
+        made = self.padding or (causal and self.attention == "eager") or before > 0
+        if self.attention == "flash_attention_2" or not made:
             return None
-        return Paper(self.batch_size * length, keys, itemsize if self.attention == "eager" else 1, False)
+        return Paper(
+            self.batch_size * length, keys + before, itemsize if self.attention == "eager" else 1, False
+        )
 
 
-def opened(tape: Tape, model: Any, x: Paper) -> Paper:
-    """What goes into the blocks; under checkpointing, `attach` makes what frozen embeddings give require a gradient.
+def opened(tape: Tape, model: Any, x: Paper, body: Any = None) -> Paper:
+    """What goes into the blocks: virtual tokens that `body` reads among the words require a gradient; so do, under
+    checkpointing, frozen embeddings once something is attached.
 
     >>> from torch import nn
     >>> model, x = nn.Linear(2, 2), Paper(rows=4, width=8, itemsize=4, grad=False)
@@ -66,5 +80,8 @@ def opened(tape: Tape, model: Any, x: Paper) -> Paper:
     >>> opened(Tape(), model, x).grad, opened(Tape(parts=["what is attached"]), model, x).grad
     (False, True)
     """
-    wanted = bool(tape.parts) and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    virtual = [part for part in tape.parts if body is not None and part.covers(body)]
+    tape.met.update(parameter for part in virtual for parameter in part.trained())
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    wanted = virtual or (tape.parts and checkpointed)
     return x.like(grad=True) if wanted and not x.grad else x

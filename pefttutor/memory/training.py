@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pefttutor.memory.breakdown import Breakdown
@@ -74,8 +75,8 @@ def estimate(
         backwards needs 3 (on an H200, whose allocator saw 1,624 MiB in a LoRA step: 1,260 MiB with 1, 1,510 with 3).
     device: where the step would run: dropout masks and fused attention differ between cuda and cpu.
 
-    Not counted: a CUDA context, fragmentation, what operations only pass through, and autocast,
-    which keeps 16-bit copies beside float32 weights: dtypes are taken as they are.
+    Not counted: the few rows inside of a prompt's own network, a CUDA context, fragmentation, what operations only
+    pass through, and autocast, which keeps 16-bit copies beside float32 weights: dtypes are taken as they are.
     Shapes: ids (batch_size, sequence_length); a ViT takes its length from its picture.
     Raises: ValueError for an unknown architecture, dtype, optimizer or attention, for a sequence beyond the model's
         positions, for a config that contradicts itself, and for a method that trains or wraps what the formulas don't
@@ -124,8 +125,15 @@ def estimate(
 def _walked(tape: Tape, model: Any, step: Step) -> Paper:
     """The logits, after one forward pass on the tape. Raises: ValueError where it can't see all that trains."""
     instead = "Measure it instead: pefttutor.memory.measure(step, model=model)."
+    # Virtual tokens lengthen a text inside of the body, and the head sees the text alone.
+    longer = step.sequence_length + sum(part.lengthens() for part in tape.parts)
+    inside = replace(step, sequence_length=longer, prefix=sum(part.precedes() for part in tape.parts))
+    tape.met.update(p for part in tape.parts if part.precedes() for p in part.trained())
     try:
-        logits = head(tape, model, FAMILIES[model.config.model_type](tape, model, step), step)
+        hidden = FAMILIES[model.config.model_type](tape, model, inside)
+        if longer > step.sequence_length and not model.config.is_encoder_decoder:
+            hidden = hidden.like(rows=step.batch_size * step.sequence_length)
+        logits = head(tape, model, hidden, step)
     except AttributeError as error:
         raise ValueError(
             f"the estimator walks through {type(model).__name__} layer by layer, and {error}. It can follow a method "

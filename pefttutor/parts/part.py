@@ -109,6 +109,14 @@ class Part:
         """
         return None
 
+    def lengthens(self) -> int:
+        """By how many virtual tokens this part makes a text longer inside of the model."""
+        return 0
+
+    def precedes(self) -> int:
+        """How many keys and values this part puts before those of a text in every layer."""
+        return 0
+
     def covers(self, module: nn.Module) -> bool:
         """Whether this part has changed what `module` computes."""
         return False

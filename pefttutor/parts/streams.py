@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pefttutor.data.trial import trial
+from pefttutor.data.trial import ordinary, trial
+from pefttutor.parts.attachment import attachments
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.part import Part
 
-__all__ = ["Hooked", "hidden_states", "reader", "seen_before", "token_ids"]
+__all__ = [
+    "Hooked",
+    "cache_made",
+    "hidden_states",
+    "named_arguments",
+    "reader",
+    "seen_before",
+    "token_ids",
+    "token_table",
+]
 
 CACHES = ("past_key_values", "cache_params", "cache")  # what models call it
 
@@ -45,12 +56,17 @@ class Hooked(Part):
         for module, hook in self.after:
             present = [key for key, other in module._forward_hooks.items() if other is hook]
             if on and not present:
-                module.register_forward_hook(hook)
+                module.register_forward_hook(hook, prepend=True)  # the last to come in is the first to go out
             for key in present if not on else ():
                 del module._forward_hooks[key]
 
     def remove(self) -> None:
         self.switch(False)
+
+
+def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def seen_before(kwargs: dict[str, Any]) -> tuple[Any, bool | None]:
@@ -63,6 +79,11 @@ def seen_before(kwargs: dict[str, Any]) -> tuple[Any, bool | None]:
         return cache, cache is not None and int(cache.get_seq_length()) > 0
     except (AttributeError, ValueError):  # a state-space model's
         return cache, None
+
+
+def cache_made(output: Any) -> Any:
+    """The cache that a call has made or gone on from, or None."""
+    return next((c for c in (getattr(output, key, None) for key in CACHES) if hasattr(c, "__dict__")), None)
 
 
 def hidden_states(args: Any, kwargs: Any, new: Tensor | None = None) -> Any:
@@ -108,7 +129,7 @@ def reader(model: nn.Module) -> tuple[nn.Module, int]:
     handles.append(stack[0].register_forward_pre_hook(note, with_kwargs=True))
     try:
         with trial(model):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=table.weight.device))
+            model(input_ids=torch.tensor([ordinary(model, len(table.weight), 2)], device=table.weight.device))
     except Exception as error:
         raise ValueError(
             f"a {type(model).__name__} can't be tried with two tokens alone ({type(error).__name__}: {error}), so it "
@@ -117,13 +138,35 @@ def reader(model: nn.Module) -> tuple[nn.Module, int]:
     finally:
         for handle in handles:
             handle.remove()
-    if not readers or not shapes or tuple(shapes[0][:2]) != (1, 2):
+    carried = attachments(model)
+    more = sum(part.lengthens() for a in (carried.by_name.values() if carried else ()) for part in a.parts)
+    if not readers or not shapes or tuple(shapes[0][:2]) != (1, 2 + more):
         found = tuple(shapes[0]) if shapes else "not called"
         raise ValueError(
             f"the blocks of other models take (batch, seq, d); those of a {type(model).__name__} get two tokens of one "
             f"text as {found}, so it can't be said which token is which."
         )
     return readers[-1], shapes[0][2]
+
+
+def token_table(model: nn.Module, what: str) -> Tensor:
+    """The token embeddings of a model that reads a text. `what` begins the refusal of one that doesn't.
+
+    Shapes: → (vocabulary, d). Raises: ValueError for a model that reads no tokens, or doesn't tell of their embeddings.
+    """
+    kind, reads = type(model).__name__, getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise ValueError(f"{what} tokens, and a {kind} has none: it reads {reads}.")
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        table = None
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"{what} tokens, and a {kind} has none that it tells of: its get_input_embeddings() gives "
+            f"{'nothing' if table is None else 'a ' + type(table).__name__}, not an nn.Embedding."
+        )
+    return table.weight
 
 
 def token_ids(args: Any, kwargs: Any) -> Tensor | None:

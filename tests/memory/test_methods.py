@@ -119,6 +119,43 @@ def test_pasta_trains_from_the_first_block_on(kind, saved, checkpointing):
     assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "bloom"])
+def test_virtual_tokens_lengthen_the_texts_inside_of_the_model(kind, checkpointing):
+    model, method = model_of(kind), pefttutor.PromptTuning(num_virtual_tokens=10)
+    estimated = memory.estimate(
+        model, method, **OPTIONS, target_length=TARGET_LENGTH, gradient_checkpointing=checkpointing
+    )
+    method.attach(model)
+    if checkpointing:
+        checkpointed(model, reentrant=True)
+    assert estimated.trained == method.count(model)
+    measured = held(model, batch_of(kind, 2, 24))
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [("llama", "eager"), ("llama", "sdpa"), ("gpt2", "sdpa"), ("bert", "sdpa"), ("t5", "eager")],
+)
+def test_a_prefix_lengthens_keys_and_values(kind, attention):
+    model, method = model_of(kind, attention=attention), pefttutor.PrefixTuning(num_virtual_tokens=10)
+    estimated = memory.estimate(
+        model, method, **OPTIONS | {"attention": attention}, target_length=TARGET_LENGTH
+    )
+    method.attach(model)
+    assert estimated.trained == method.count(model)
+    measured = held(model, batch_of(kind, 2, 24))
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
+def test_what_makes_the_virtual_tokens_is_counted_with_its_moments():
+    model, method = model_of("llama"), pefttutor.PTuning(num_virtual_tokens=10)
+    estimated = memory.estimate(model, method, **OPTIONS)
+    assert estimated.trained == method.count(model) == 10 * 96 + 46 * 96**2 + 35 * 96
+    assert estimated.optimizer == 8 * estimated.trained
+
+
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),

@@ -18,7 +18,15 @@ from pefttutor.parts.attachment import added_key
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.settings import check_names, check_whole
-from pefttutor.parts.streams import CACHES, Hooked, hidden_states, reader, seen_before, token_ids
+from pefttutor.parts.streams import (
+    Hooked,
+    cache_made,
+    hidden_states,
+    reader,
+    seen_before,
+    token_ids,
+    token_table,
+)
 
 __all__ = ["PASTA"]
 
@@ -94,21 +102,11 @@ def _token_table(model: nn.Module) -> Tensor:
 
     Raises: ValueError for a model that reads two texts, or none.
     """
-    kind, reads = type(model).__name__, getattr(model, "main_input_name", "input_ids")
-    if reads != "input_ids":
-        raise ValueError(f"PASTA adds to special tokens, and a {kind} has none: it reads {reads}.")
+    table = token_table(model, "PASTA adds to special")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        kind = type(model).__name__
         raise ValueError(f"PASTA reads one text, and a {kind} has two; take an encoder or a decoder alone.")
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        table = None
-    if not isinstance(table, nn.Embedding):
-        raise ValueError(
-            f"PASTA adds to special tokens, and a {kind} has none that it tells of: its get_input_embeddings() gives "
-            f"{'nothing' if table is None else 'a ' + type(table).__name__}, not an nn.Embedding."
-        )
-    return table.weight
+    return table
 
 
 class _Vectors(Added):
@@ -168,9 +166,7 @@ class _Numbers:
 
     def remember(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the body has run: write onto a cache that was made in this call what it holds."""
-        cache = next(
-            (c for c in (getattr(output, key, None) for key in CACHES) if hasattr(c, "__dict__")), None
-        )
+        cache = cache_made(output)
         if cache is not None:
             vars(cache)[f"_pefttutor_{self.key}"] = self.before
 

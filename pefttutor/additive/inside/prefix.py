@@ -1,0 +1,150 @@
+"""Prefix tuning: train keys and values that stand before those of every text, in every layer.
+
+K ← [P_K; K]      V ← [P_V; V]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.attachment import added_key
+from pefttutor.parts.cached_attention import Form, form_of, recorded
+from pefttutor.parts.freezing import fully_trained, train_fully
+from pefttutor.parts.network import Itself, Maker, Network, settle
+from pefttutor.parts.prefixes import prefixed
+from pefttutor.parts.settings import check_names, check_whole
+from pefttutor.parts.streams import token_table
+
+__all__ = ["PrefixTuning"]
+
+BEFORE = "PrefixTuning stands before a text's"
+KEY = "prefix"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning:
+    """Train the keys and values of `num_virtual_tokens` words that were never read, in every layer.
+
+    softmax(q [P_K; K]ᵀ / √d_h) [P_V; V] = (1 − λ) softmax(q Kᵀ / √d_h) V + λ softmax(q P_Kᵀ / √d_h) P_V
+
+    with λ the share of attention that the prefix gets.
+
+    >>> from pefttutor.models import load
+    >>> method = PrefixTuning(num_virtual_tokens=4, prefix_projection=True)
+    >>> model = method.attach(load("campus-nano")[0])
+    >>> model = method.drop_projection(model)                                  # trained: the MLP isn't needed any more
+    >>> model.model.prefix.numel() == PrefixTuning(num_virtual_tokens=4).count(model)
+    True
+
+    num_virtual_tokens: how many, P.
+    prefix_projection: whether an MLP makes the prefix of a smaller table, which trains more smoothly (Li & Liang):
+        W₂ tanh(W₁ t + b₁) + b₂. Without it, the prefix itself trains: that is P-tuning v2.
+    encoder_hidden_size: the MLP's width m; None is d. The authors have 512 for tables to text, 800 for summaries.
+    modules_to_save: modules that train fully and are saved along, such as a new head ("score", "classifier").
+    init_seed: fixes what is drawn, whatever the device.
+
+    No prefix is the identity, not one of zeros: its keys take their share λ of the attention all the same. The texts'
+    positions start after it, and keys are not rotated that stand in it. A cache holds the text alone, as without a
+    prefix. Of an encoder-decoder, the decoder's own attention gets it. Where attention reaches back so many words only,
+    it doesn't reach the prefix from later ones.
+
+    Shapes: table (P, d); prefix (P, 2 · L · n · d_h), L layers with n heads of keys and values.
+    Cost: it trains P · 2 L n d_h values; with an MLP P d + (d m + m) + (m + 1) · 2 L n d_h until that is dropped
+        (`count`). Attention has P keys more in every layer.
+    Raises: ValueError for a model that reads no tokens, or whose attention takes no cache; in a call, for a cache that
+        was filled without the prefix, or a mask that isn't one value a token.
+    Source: Li & Liang 2021, arXiv:2101.00190, section 4; Liu et al. 2021, arXiv:2110.07602 (P-tuning v2); the identity:
+        He et al. 2021, arXiv:2110.04366, eq. 7.
+    """
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    modules_to_save: Collection[str] = ()
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(self, "num_virtual_tokens")
+        if self.encoder_hidden_size is not None:
+            check_whole(self, "encoder_hidden_size")
+        check_whole(self, "init_seed", least=0)
+        check_names(self, "modules_to_save")
+
+    def attach(self, model: nn.Module, start: Any = None, *, name: str = DEFAULT) -> nn.Module:
+        """Freeze `model`, put the prefix before each text's keys and values, and return it.
+
+        start: `num_virtual_tokens` token ids; the prefix then starts as the keys and values that the frozen model
+            computes of them, and the model says what it says after these words. Without, it is drawn.
+
+        Raises: ValueError if the name is in use, the start doesn't fit, or the model can't take a prefix. The model is
+            then as it was.
+        """
+        with attaching(model, self, name) as new:
+            form, table = form_of(model, BEFORE), token_table(model, BEFORE)
+            key, network = added_key(KEY, name), self._network(form, table.shape[1], name)
+            make: Itself | Network = network
+            tensors = network.drawn(table)
+            if not self.prefix_projection:
+                make, tensors = Itself(key), {key: self._drawn(form, table)}
+            if start is not None:
+                tensors = {key: self._computed(model, form, start)}
+            for part in prefixed(model, form, self.num_virtual_tokens, Maker(make), tensors, note=key):
+                new.add(part)
+            for part in train_fully(model, (), self.modules_to_save):
+                new.add(part)
+        return model
+
+    def drop_projection(self, model: nn.Module, *, name: str | None = None) -> nn.Module:
+        """After training: keep what the MLP makes in its place. The model says what it said.
+
+        name: the attachment's, where there are several. Raises: ValueError if it has no MLP.
+        """
+        return settle(model, name, KEY, lambda method: replace(method, prefix_projection=False))
+
+    def count(self, model: nn.Module) -> int:
+        """How many values train, without attaching: the prefix, or table and MLP, and modules_to_save."""
+        form, width = form_of(model, BEFORE), token_table(model, BEFORE).shape[1]
+        fully, _ = fully_trained(model, self.modules_to_save)
+        own = self.num_virtual_tokens * form.width
+        if self.prefix_projection:
+            own = self._network(form, width, DEFAULT).count()
+        return own + sum(model.get_parameter(name).numel() for name in fully)
+
+    def _network(self, form: Form, width: int, name: str) -> Network:
+        return Network(
+            key=KEY,
+            name=name,
+            kind="mlp",
+            rows=self.num_virtual_tokens,
+            width=width,
+            hidden=self.encoder_hidden_size or width,
+            out=form.width,
+            init_seed=self.init_seed,
+        )
+
+    def _drawn(self, form: Form, table: Tensor) -> nn.Parameter:
+        generator = torch.Generator().manual_seed(self.init_seed)
+        drawn = torch.randn(self.num_virtual_tokens, form.width, generator=generator)
+        return nn.Parameter(drawn.to(table.device, torch.promote_types(table.dtype, torch.float32)))
+
+    def _computed(self, model: nn.Module, form: Form, start: Any) -> nn.Parameter:
+        """The keys and values that the frozen model computes of words."""
+        ids = torch.as_tensor(start)
+        if ids.is_floating_point() or ids.shape != (self.num_virtual_tokens,) or self.prefix_projection:
+            raise ValueError(
+                f"start is {start!r}; expected {self.num_virtual_tokens} token ids, as many as num_virtual_tokens, and "
+                "no prefix_projection: an MLP can't be told what to make."
+            )
+        device = token_table(model, BEFORE).device
+        inputs = {"input_ids": ids[None].to(device)}
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        rows = [x for _, *both in recorded(model, form.body, inputs).values() for x in both]
+        made = torch.stack([x[0] for x in rows]).permute(2, 0, 1, 3).flatten(1)  # (P, 2 L, heads, head_dim)
+        return nn.Parameter(made.to(torch.promote_types(made.dtype, torch.float32)))
