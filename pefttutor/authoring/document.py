@@ -86,6 +86,11 @@ class Document:
         return int(match[1]) if match else None
 
     @cached_property
+    def appendix(self) -> bool:
+        """Whether it belongs to a lesson, as `11b_smaller_methods.ipynb` does; it then has no number of its own."""
+        return re.match(r"\d\db_", self.path.name) is not None
+
+    @cached_property
     def headings(self) -> list[tuple[Any, int, str]]:
         """(cell, level, text) of every heading in order; lines inside code fences are none."""
         headings = []

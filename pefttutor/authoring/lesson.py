@@ -43,9 +43,11 @@ _IMG = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
 
 
 def title(document: Document) -> Iterator[Problem]:
-    """`NN_short_name.ipynb`, and one H1 at the top that begins with the same number."""
-    if not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", document.path.name):
-        yield document.problem("file", "name", "the file must be named NN_short_name.ipynb")
+    """`NN_short_name.ipynb`, or `NNb_short_name.ipynb`, and one H1 at the top that begins with the same number."""
+    name = re.fullmatch(r"(\d\db?)_[a-z0-9_]+\.ipynb", document.path.name)
+    if not name:
+        what = "the file must be named NN_short_name.ipynb, or NNb_short_name.ipynb for an appendix"
+        yield document.problem("file", "name", what)
     tops = [(cell, text) for cell, level, text in document.headings if level == 1]
     if len(tops) != 1:
         yield document.problem("file", "title", f"{len(tops)} first-level headings; a lesson has exactly one")
@@ -53,10 +55,8 @@ def title(document: Document) -> Iterator[Problem]:
     cell, text = tops[0]
     if cell is not document.cells[0]:
         yield document.problem(cell, "title", "the title belongs into the first cell")
-    if document.number is not None and not re.match(rf"{document.number:02}\b", text):
-        yield document.problem(
-            cell, "title", f"the title must begin with {document.number:02}, as the file does"
-        )
+    if name and not re.match(rf"{name[1]}\b", text):
+        yield document.problem(cell, "title", f"the title must begin with {name[1]}, as the file does")
 
 
 def box(document: Document) -> Iterator[Problem]:
@@ -83,7 +83,9 @@ def setup(document: Document) -> Iterator[Problem]:
 
 
 def parts(document: Document) -> Iterator[Problem]:
-    """Every part of the anatomy has its heading."""
+    """Every part of the anatomy has its heading; an appendix has the parts that it needs."""
+    if document.appendix:
+        return
     headings = [text for _, level, text in document.headings if level > 1]
     for rule, pattern, what, always in PARTS:
         needed = always or document.number not in WITHOUT_METHOD
@@ -134,11 +136,11 @@ def next_lesson(document: Document) -> Iterator[Problem]:
 
 
 def budget(document: Document) -> Iterator[Problem]:
-    """A lesson that can be read in one sitting, in cells that can be seen whole."""
+    """A lesson that can be read in one sitting, in cells that can be seen whole; an appendix may be shorter."""
     cells, words = len(document.cells), sum(len(without_fences(c.source).split()) for c in document.markdown)
-    if cells not in CELLS:
+    if cells not in (range(1, CELLS.stop) if document.appendix else CELLS):
         yield document.problem("file", "budget", f"{cells} cells, expected {CELLS.start} to {CELLS.stop - 1}")
-    if words not in WORDS:
+    if words not in (range(1, WORDS.stop) if document.appendix else WORDS):
         yield document.problem(
             "file", "budget", f"{words} words of text, expected {WORDS.start} to {WORDS.stop - 1}"
         )

@@ -21,8 +21,9 @@ def name(path):
 
 def test_there_are_lessons():
     assert [path.name for path in NOTEBOOKS if path.name.startswith("00_")] == ["00_start_here.ipynb"]
-    numbers = [path.name[:2] for path in NOTEBOOKS]
+    numbers = [path.name.split("_")[0] for path in NOTEBOOKS]
     assert len(numbers) == len(set(numbers)), "two lessons have one number"
+    assert {number[:2] for number in numbers} <= set(numbers), "an appendix without its lesson"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

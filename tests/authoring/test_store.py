@@ -308,6 +308,22 @@ def test_a_file_name_without_a_number_is_a_problem(folder):
     assert "name" in {problem.rule for problem in lint(written(folder, lesson(), "lora.ipynb"))}
 
 
+def test_an_appendix_may_leave_out_parts_of_the_anatomy_and_keeps_the_form(folder):
+    notebook = lesson()
+    notebook.cells = [cell for cell in notebook.cells if not cell.id.startswith(("stub", "check", "help"))][
+        :6
+    ]
+    for count, cell in enumerate([cell for cell in notebook.cells if cell.cell_type == "code"], start=1):
+        cell.execution_count = count
+    first = notebook.cells[0]
+    title = first.source.replace("# 12 ", "# 12b ", 1)
+    assert title != first.source
+    wrong = {problem.rule for problem in lint(written(folder, notebook, "12b_more.ipynb"))}
+    first.source = title
+    assert "title" in wrong and lint(written(folder, notebook, "12b_more.ipynb")) == []
+    assert "exercises" in {problem.rule for problem in lint(written(folder, notebook, "12_more.ipynb"))}
+
+
 def test_a_broken_file_is_one_problem(tmp_path):
     path = tmp_path / "12_lora.ipynb"
     path.write_text("{")
