@@ -99,6 +99,6 @@ class Run:
 
 
 def _untouched(value: Any, before: Any) -> bool:
-    if isinstance(value, Tensor | nn.Module):
+    if isinstance(value, Tensor | nn.Module | Mapping):
         return close(value, before, rtol=0, atol=0)
     return True

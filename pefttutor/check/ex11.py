@@ -1,4 +1,4 @@
-"""Notebook 11, learned masks: a straight-through mask, a hard-concrete gate, a lottery ticket, a second-order mask."""
+"""Notebook 11, learned gates: a straight-through mask, a hard-concrete gate, a second-order mask and what it gains."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from pefttutor.check.compare import same_result
 from pefttutor.check.core import exercise
 from pefttutor.check.ex11_answers import (
+    FALL_MISTAKES,
     GATE_MISTAKES,
     LINEAR_MISTAKES,
-    LOTTERY_MISTAKES,
     SECOND_ORDER_MISTAKES,
+    best_fall,
     hard_concrete,
-    lottery_difference,
     masked_linear,
     second_order_mask,
 )
@@ -50,22 +50,23 @@ def ex11_2(attempt: Any) -> None:
     same_result(attempt, hard_concrete, inputs, gradients=("alpha",), mistakes=GATE_MISTAKES)
 
 
-@exercise("11.3", reference=lottery_difference)
+@exercise("11.3", reference=second_order_mask)
 def ex11_3(attempt: Any) -> None:
-    """Tensors of different shapes and scales, so that shares by tensor, by size and by change all differ."""
-    start = {"a": _draw(5, 3, seed=4), "b": 4 * _draw(7, seed=5), "c": 0.2 * _draw(2, 4, 2, seed=6)}
-    first = {name: w + 0.3 * _draw(*w.shape, seed=7 + i) for i, (name, w) in enumerate(start.items())}
-    second = {name: w + 0.3 * _draw(*w.shape, seed=17 + i) for i, (name, w) in enumerate(start.items())}
-    for k in (5, 11):
-        inputs = {"start": start, "first": first, "second": second, "k": k}
-        same_result(attempt, lottery_difference, inputs, mistakes=LOTTERY_MISTAKES)
-
-
-@exercise("11.4", reference=second_order_mask)
-def ex11_4(attempt: Any) -> None:
     """Gradients that agree on some entries and cancel on others, some of one example alone; curvatures of any size."""
     curvature = 2.0 ** _draw(16, seed=8)
     gradients = _draw(6, 16, seed=9) * 3.0 ** _draw(6, 16, seed=11) + 0.3 * _draw(16, seed=10)
     for k in (5, 7):
         inputs = {"gradients": gradients, "curvature": curvature, "k": k}
         same_result(attempt, second_order_mask, inputs, mistakes=SECOND_ORDER_MISTAKES)
+
+
+@exercise("11.4", reference=best_fall)
+def ex11_4(attempt: Any) -> None:
+    """A Hessian whose entries interact strongly, and whose diagonal isn't 1."""
+    A = _draw(7, 7, seed=12)
+    H = A @ A.T / 7 + 0.3 * torch.eye(7)
+    for places in ((0, 2, 5), (1, 3, 4, 6)):
+        chosen = torch.zeros(7, dtype=torch.bool)
+        chosen[list(places)] = True
+        inputs = {"g": _draw(7, seed=13), "H": H, "chosen": chosen}
+        same_result(attempt, best_fall, inputs, mistakes=FALL_MISTAKES)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-Weights = Mapping[str, Tensor]
 
 # ---- the reference solutions
 
@@ -25,23 +23,16 @@ def hard_concrete(alpha: Tensor, u: Tensor, left: float, right: float) -> tuple[
     return (s * (right - left) + left).clamp(0, 1), (alpha - math.log(-left / right)).sigmoid()
 
 
-def lottery_difference(start: Weights, first: Weights, second: Weights, k: int) -> dict[str, Tensor]:
-    """φ = θ₂ − θ₀ at the k entries whose |θ₁ − θ₀| is largest over all tensors together, 0 elsewhere."""
-    moved = torch.cat([(first[name] - start[name]).abs().flatten() for name in start])
-    mask = torch.zeros(len(moved), dtype=torch.bool)
-    mask[moved.argsort(descending=True)[:k]] = True
-    parts = mask.split([weight.numel() for weight in start.values()])
-    return {
-        name: (second[name] - start[name]) * part.view(start[name].shape)
-        for name, part in zip(start, parts, strict=True)
-    }
-
-
 def second_order_mask(gradients: Tensor, curvature: Tensor, k: int) -> Tensor:
     """True for the k entries with the largest (Σ_s g_s)² / h.   (S, n), (n) → (n) booleans."""
     mask = torch.zeros(len(curvature), dtype=torch.bool)
     mask[(gradients.sum(0).square() / curvature).argsort(descending=True)[:k]] = True
     return mask
+
+
+def best_fall(g: Tensor, H: Tensor, chosen: Tensor) -> Tensor:
+    """½ g_Sᵀ H_SS⁻¹ g_S: how far the quadratic falls if the chosen entries S go to their joint optimum."""
+    return 0.5 * g[chosen] @ torch.linalg.solve(H[chosen][:, chosen], g[chosen])
 
 
 # ---- what learners write instead
@@ -168,54 +159,6 @@ GATE_MISTAKES = {
 }
 
 
-def _lottery(
-    *,
-    score: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda zero, one, two: (one - zero).abs(),
-    change: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda zero, one, two: two - zero,
-    together: bool = True,
-    largest: bool = True,
-    masked: bool = True,
-) -> Callable[..., dict[str, Tensor]]:
-    def wrong_difference(start: Weights, first: Weights, second: Weights, k: int) -> dict[str, Tensor]:
-        differences: dict[str, Tensor] = {}
-        for group in [list(start)] if together else [[name] for name in start]:
-            scores = [score(start[name], first[name], second[name]).flatten() for name in group]
-            flat = torch.cat(scores)
-            mask = torch.zeros(len(flat), dtype=torch.bool)
-            mask[flat.argsort(descending=largest)[:k]] = True
-            for name, part in zip(group, mask.split([len(s) for s in scores]), strict=True):
-                phi = change(start[name], first[name], second[name])
-                differences[name] = phi * part.view(phi.shape) if masked else phi
-        return differences
-
-    return wrong_difference
-
-
-LOTTERY_MISTAKES = {
-    "φ is taken from the first training, θ₁ − θ₀; the second one is what is kept": _lottery(
-        change=lambda zero, one, two: one - zero
-    ),
-    "φ is θ₂ − θ₁: without rewinding. It starts from θ₀": _lottery(change=lambda zero, one, two: two - one),
-    "these are the trained values; the difference to θ₀ is wanted": _lottery(
-        change=lambda zero, one, two: two
-    ),
-    "the sign of φ is turned: θ₂ − θ₀": _lottery(change=lambda zero, one, two: zero - two),
-    "nothing is cut: outside of the k entries φ is 0": _lottery(masked=False),
-    "these entries moved least": _lottery(largest=False),
-    "without the absolute value, entries that fell come last": _lottery(
-        score=lambda zero, one, two: one - zero
-    ),
-    "chosen by the size of θ₁, not by how far it has moved": _lottery(score=lambda zero, one, two: one.abs()),
-    "chosen by the relative change; the change itself is ranked": _lottery(
-        score=lambda zero, one, two: ((one - zero) / zero).abs()
-    ),
-    "chosen by the second training; the first one chooses": _lottery(
-        score=lambda zero, one, two: (two - zero).abs()
-    ),
-    "k entries of each tensor; k of all together is wanted": _lottery(together=False),
-}
-
-
 def _second_order(
     score: Callable[[Tensor, Tensor], Tensor], *, largest: bool = True
 ) -> Callable[..., Tensor]:
@@ -250,4 +193,47 @@ SECOND_ORDER_MISTAKES = {
     "these are places; return booleans, true for the chosen": lambda gradients, curvature, k: (
         gradients.sum(0).square() / curvature
     ).argsort(descending=True)[:k],
+}
+
+
+def _fall_at(step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The quadratic's fall at another point than the joint optimum."""
+
+    def wrong_fall(g: Tensor, H: Tensor, chosen: Tensor) -> Tensor:
+        delta = step(g, H, chosen)
+        return -(g @ delta + 0.5 * delta @ H @ delta)
+
+    return wrong_fall
+
+
+FALL_MISTAKES = {
+    "each entry is counted alone, Σ g² / 2h: H couples them": lambda g, H, chosen: (
+        0.5 * (g.square() / H.diagonal())[chosen].sum()
+    ),
+    "each entry goes where it alone would be best, −g / h; the best place is a joint one": _fall_at(
+        lambda g, H, chosen: -(chosen * g) / H.diagonal()
+    ),
+    "the factor ½ is missing": lambda g, H, chosen: 2 * best_fall(g, H, chosen),
+    "this is the change, which is negative; the fall is wanted": lambda g, H, chosen: (
+        -best_fall(g, H, chosen)
+    ),
+    "H is inverted first and cut afterwards: cut H to the chosen rows and columns, then solve": (
+        lambda g, H, chosen: 0.5 * g[chosen] @ torch.linalg.inv(H)[chosen][:, chosen] @ g[chosen]
+    ),
+    "all entries are solved for, and the others then set to 0: the chosen ones must be best by themselves": (
+        _fall_at(lambda g, H, chosen: -(chosen * torch.linalg.solve(H, g)))
+    ),
+    "it multiplies by H instead of solving with it": lambda g, H, chosen: (
+        0.5 * g[chosen] @ H[chosen][:, chosen] @ g[chosen]
+    ),
+    "these are the entries that aren't chosen": lambda g, H, chosen: best_fall(g, H, ~chosen),
+    "nothing is left out: this is the fall if all entries may move": lambda g, H, chosen: (
+        0.5 * g @ torch.linalg.solve(H, g)
+    ),
+    "this is the fall after a step of −g; the optimum is wanted": _fall_at(
+        lambda g, H, chosen: -(chosen * g)
+    ),
+    "one number is wanted, the sum over the chosen entries": lambda g, H, chosen: (
+        0.5 * g[chosen] * torch.linalg.solve(H[chosen][:, chosen], g[chosen])
+    ),
 }

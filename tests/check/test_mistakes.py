@@ -11,6 +11,7 @@ from pefttutor.check import (
     ex10_pairs,
     ex11_answers,
     ex12_answers,
+    ex24_answers,
 )
 from tests.check.rejection import reason
 
@@ -30,12 +31,15 @@ MISTAKES = {
     check.ex10_4: ex10_pairs.PAIRED_MISTAKES,
     check.ex11_1: ex11_answers.LINEAR_MISTAKES,
     check.ex11_2: ex11_answers.GATE_MISTAKES,
-    check.ex11_3: ex11_answers.LOTTERY_MISTAKES,
-    check.ex11_4: ex11_answers.SECOND_ORDER_MISTAKES,
+    check.ex11_3: ex11_answers.SECOND_ORDER_MISTAKES,
+    check.ex11_4: ex11_answers.FALL_MISTAKES,
     check.ex12_1: ex12_answers.FORWARD_MISTAKES,
     check.ex12_2: ex12_answers.MERGE_MISTAKES,
     check.ex12_3: ex12_answers.COUNT_MISTAKES,
     check.ex12_4: ex12_answers.TRUNCATE_MISTAKES,
+    check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
+    check.ex24_2: ex24_answers.HARD_MISTAKES,
+    check.ex24_3: ex24_answers.COMPOSED_MISTAKES,
 }
 ELSEWHERE = {"ex00_1", "ex00_2", "ex00_3"}  # their wrong answers are written out in test_ex00.py
 

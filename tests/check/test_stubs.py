@@ -22,8 +22,9 @@ REFERENCES = {
     "08": ("bias_names", "smallest_masks", "masked_step"),
     "09": ("true_fisher", "squared_gradients", "fish_masks"),
     "10": ("masked_gradients", "share_outside", "masked_adamw", "paired"),
-    "11": ("masked_linear", "hard_concrete", "lottery_difference", "second_order_mask"),
+    "11": ("masked_linear", "hard_concrete", "second_order_mask", "best_fall"),
     "12": ("lora_forward", "merged_weight", "count_lora", "truncate"),
+    "24": ("lottery_difference", "hard_fisher", "composed"),
 }
 EXERCISES = {
     f"{lesson}.{i}": name for lesson, names in REFERENCES.items() for i, name in enumerate(names, start=1)
