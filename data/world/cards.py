@@ -35,12 +35,20 @@ new head is drawn from a fixed seed). In-context rows use the first {limit} test
 for what has not been measured yet (`python data/build.py --measure` goes on).
 
 What the frozen features already tell stands in the tables of gaps: a converged head (`pefttutor.fit_head`, its regularisation chosen
-on the validation split) beside full fine-tuning ({gap_steps} steps of 16, the best of the rates {gap_rates} on the validation split of
-another seed), on as many examples as the name says, which a seed draws. Three
+on the validation split) beside full fine-tuning ({gap_steps} steps of 16{longer}, the best of the rates {gap_rates} on the
+validation split of another seed), on as many examples as the name says, which a seed draws. Three
 rates are tried, and more while the best lies at their edge; it is marked where it lies at the last of all. One seed of search and three of test show where there is room; they don't
-compare methods. Where ± is large, a seed decides whether the task is learnt at all, as on paraphrase.
+compare methods. Where ± is large, a seed decides whether the task is learnt at all, as on paraphrase. The tasks were chosen by the
+converged head; the head by least squares asks the same features again in another way: in closed form, against the classes as 0 and 1,
+with the penalty that has the least leave-one-out error. A task of generation has the language model's own output layer as its head,
+untied from the embeddings, and is scored by answers that are right as a whole.
+
+Capacity is what memory asks for: 160 pairs that follow from nothing. LoRA (on every linear layer, scaling 1, each rank with a
+learning rate searched as above) needs more than rank 1 for it, and the frozen features alone recall none.
+
 The in-context rows but those of pages and most, and campus-small's full fine-tuning on animals, velan_topic and verdicts, were
-measured on one H200 in float32, everything else on a CPU.
+measured on one H200 in float32; of the rows of memory, question, better and the heads by least squares some on one H100; everything
+else on a CPU.
 
 The three causal sizes read the same two mixtures: first documents of the world of which every fourth is a drill, then such of which
 every second is one (`world/rules.py`, `drill`: examples under labels that hold in that document only). They didn't read equally
@@ -73,6 +81,7 @@ def _readme() -> str:
         tasks=len(tasks.ALL),
         limit=measure.LIMIT,
         gap_steps=measure.GAP_STEPS,
+        longer="".join(f", {steps} on {task}" for task, steps in measure.LONGER.items()),
         gap_rates=", ".join(f"{rate:g}" for rate in measure.GAP_RATES),
         full_lr=measure.FULL_LR,
         **measure.BUDGET,

@@ -10,6 +10,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,9 @@ from torch import nn
 
 import pefttutor as pt
 from pefttutor import data, models
+from pefttutor.data.batches import collator
 from pefttutor.saving.files import write_atomically
+from pefttutor.train.features import arriving, output_layer
 
 from . import tasks
 from .pretrain import RECIPES, held_out_loss, shipped
@@ -40,15 +43,23 @@ EPOCHS = {"entailment": 8, "paraphrase": 24, "question": 4, "instruct": 5, "regi
 FULL_LR = 1e-3
 # Where adapting inside can show what it is good for: tasks, and examples of each at which the gap is measured.
 GAPS = {
-    "campus-nano": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "better@64", "verdicts@64", "guests@64"),
-    "campus-small": ("animals@256", "most@512", "velan_topic@256", "paraphrase@64", "pages@128", "verdicts@64", "paraphrase@128"),
+    "campus-nano": ("animals@256", "most@512", "velan_topic@256", "paraphrase@128", "pages@128", "better@64", "verdicts@64", "guests@64",
+                    "memory@480"),
+    "campus-small": ("animals@256", "most@512", "velan_topic@256", "paraphrase@64", "pages@128", "verdicts@64", "paraphrase@128",
+                     "better@64", "question@128"),
 }  # fmt: skip
-GAP_STEPS, SEARCH_SEED = 375, 100
+GAP_STEPS, LONGER, SEARCH_SEED = 375, {"memory": 900}, 100
+# Where capacity is what counts: LoRA on every linear layer.
+RANKED, RANKS = ("campus-nano", "memory@480"), (1, 4)
 GAP_RATES, WINDOW = (
     (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     (1, 3),
 )  # the window is widened while the best lies at its edge
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _classified(gap: str) -> bool:
+    return _task(gap.split("@")[0]).kind == "classification"
 
 
 def _task(name: str) -> tasks.Task:
@@ -110,10 +121,12 @@ def tuned(task: tasks.Task, seed: int, name: str = TUNED) -> dict[str, float]:
     }
 
 
-def _few(name: str, gap: str, seed: int) -> tuple[nn.Module, dict[str, list]]:
-    """A classifier and the encoded splits of a gap (`task@n`), with n training examples that the seed draws."""
+def _few(name: str, gap: str, seed: int) -> tuple[nn.Module, dict[str, list], Callable[[str], float]]:
+    """The model of a gap (`task@n`), its encoded splits, with n training examples that the seed draws, and a split's score."""
     task, n = _task(gap.split("@")[0]), int(gap.split("@")[1])
-    model, tokenizer = _loaded(name, head="classification", labels=list(task.labels or ()))
+    written = task.kind != "classification"
+    how = {} if written else {"head": "classification", "labels": list(task.labels or ())}
+    model, tokenizer = _loaded(name, **how)
     splits = data.load(task.name)
     chosen = random.Random(seed).sample(range(len(splits["train"])), n)
     rows = {
@@ -121,31 +134,69 @@ def _few(name: str, gap: str, seed: int) -> tuple[nn.Module, dict[str, list]]:
         "validation": splits["validation"],
         "test": splits["test"],
     }
-    return model, {split: data.encode(some, tokenizer) for split, some in rows.items()}
+    few = {split: data.encode(some, tokenizer, kind=task.kind) for split, some in rows.items()}
+
+    def score(split: str) -> float:
+        if written:  # by what the model writes: the right answer, whole
+            return data.score(model, tokenizer, rows[split], data.info(task.name))
+        return pt.evaluate(model, few[split])["accuracy"]
+
+    return model, few, score
 
 
 def converged(name: str, gap: str, seed: int) -> float:
-    """Accuracy of the frozen model with a head that is trained to the end."""
-    model, few = _few(name, gap, seed)
+    """Score of the frozen model with a head that is trained to the end, a language model's too."""
+    model, few, score = _few(name, gap, seed)
+    if not _classified(gap):  # a head of its own: the embeddings stay as they are
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     pt.fit_head(model, few["train"], few["validation"])
-    return pt.evaluate(model, few["test"])["accuracy"]
+    return score("test")
 
 
-def full(name: str, gap: str, seed: int, lr: float, split: str = "test") -> float:
-    """Accuracy after full fine-tuning at a learning rate."""
-    model, few = _few(name, gap, seed)
-    pt.fit(model, few["train"], steps=GAP_STEPS, batch_size=16, lr=lr, seed=seed, progress=False)
-    return pt.evaluate(model, few[split])["accuracy"]
+def by_least_squares(name: str, gap: str, seed: int) -> float:
+    """The same question asked otherwise: a head by least squares on the classes as 0 and 1, in closed form.
+
+    No search by gradients, another loss, and the penalty with the least leave-one-out error instead of the best validation.
+    """
+    model, few, _ = _few(name, gap, seed)
+    layer, collate = output_layer(model, collator(model)(few["train"][:1]), None), collator(model)
+    x, y = arriving(model, layer[1], layer[0], collate, few["train"], 64)
+    seen, answers = arriving(model, layer[1], layer[0], collate, few["test"], 64)
+    centre, scale = x.mean(0), x.std(0).clamp_min(1e-12)
+    x, seen, wanted = (x - centre) / scale, (seen - centre) / scale, nn.functional.one_hot(y).double()
+    offset = wanted.mean(0)
+    left, singular, right = torch.linalg.svd(x, full_matrices=False)
+
+    def left_out(penalty: float) -> float:
+        kept = singular.square() / (singular.square() + penalty)
+        fitted = left * kept @ left.T
+        rest = wanted - offset - fitted @ (wanted - offset)
+        return float((rest / (1 - 1 / len(x) - fitted.diagonal())[:, None]).square().mean())
+
+    penalty = min((10.0**k * len(x) for k in range(-4, 3)), key=left_out)
+    weight = right.T * (singular / (singular.square() + penalty)) @ left.T @ (wanted - offset)
+    return float(((seen @ weight + offset).argmax(-1) == answers).double().mean())
 
 
-def searched(gap: str, model: str) -> tuple[list[str], float | None]:
-    """The runs that the search for full fine-tuning's learning rate needs so far, and its answer once all are there.
+def adapted(name: str, gap: str, seed: int, lr: float, split: str = "test", r: int = 0) -> float:
+    """Score after full fine-tuning at a learning rate, or with LoRA of rank r on every linear layer."""
+    model, few, score = _few(name, gap, seed)
+    if r:
+        pt.LoRA(r=r, lora_alpha=r, target_modules="all-linear").attach(model)
+    steps = LONGER.get(gap.split("@")[0], GAP_STEPS)
+    pt.fit(model, few["train"], steps=steps, batch_size=16, lr=lr, seed=seed, progress=False)
+    return score(split)
 
-    The best validation on a seed of its own decides.
+
+def searched(gap: str, model: str, way: str = "") -> tuple[list[str], float | None]:
+    """The runs that the search for a way's learning rate needs so far, and its answer once all are there.
+
+    way: "" is full fine-tuning, "lora4x" LoRA of rank 4. The best validation on a seed of its own decides.
     """
     found, (low, high) = stored(), WINDOW
     while True:
-        keys = [f"try{lr:g}/{gap}/{model}/{SEARCH_SEED}" for lr in GAP_RATES[low : high + 1]]
+        keys = [f"try{way}{lr:g}/{gap}/{model}/{SEARCH_SEED}" for lr in GAP_RATES[low : high + 1]]
         scores = [found.get(key) for key in keys]
         if None in scores:
             return keys, None
@@ -174,10 +225,12 @@ def _keys() -> list[str]:
     keys += [f"full/{TIMED[1]}/{TIMED[0]}/{s}" for s in SEEDS]
     for m, gaps in GAPS.items():
         keys += [f"few_head/{gap}/{m}/{s}" for gap in gaps for s in SEEDS]
+        keys += [f"few_squares/{gap}/{m}/{s}" for gap in gaps for s in SEEDS if _classified(gap)]
         for gap in gaps:
-            tries, lr = searched(gap, m)
-            keys += tries
-            keys += [f"few{lr:g}/{gap}/{m}/{s}" for s in SEEDS if lr is not None]
+            for way in ("", *(f"lora{r}x" for r in RANKS)) if (m, gap) == RANKED else ("",):
+                tries, lr = searched(gap, m, way)
+                keys += tries
+                keys += [f"few{way}{lr:g}/{gap}/{m}/{s}" for s in SEEDS if lr is not None]
     return keys + [
         f"domain/{t.name}/{TUNED}/{s}"
         for t in tasks.ALL
@@ -194,12 +247,14 @@ def compute(key: str) -> object:
         return chance(_task(name))
     if what.startswith("shots"):
         return in_context(model, _task(name), int(what[5:]), int(seed))
-    if what.startswith("try"):
-        return full(model, name, int(seed), float(what[3:]), "validation")
     if what == "few_head":
         return converged(model, name, int(seed))
-    if what.startswith("few"):
-        return full(model, name, int(seed), float(what[3:]))
+    if what == "few_squares":
+        return by_least_squares(model, name, int(seed))
+    if what.startswith(("try", "few")):
+        rank, _, lr = what[3:].removeprefix("lora").rpartition("x")
+        split = "validation" if what.startswith("try") else "test"
+        return adapted(model, name, int(seed), float(lr), split, int(rank or 0))
     if what == "domain":
         return _domain(name, model, int(seed))
     return tuned(_task(name), int(seed), model)
@@ -259,9 +314,9 @@ def _mean_spread(values: list[float]) -> str:
     )
 
 
-def _rate(gap: str, model: str) -> str:
+def _rate(gap: str, model: str, way: str = "") -> str:
     """The chosen learning rate, marked where it is the smallest or the largest tried."""
-    _, chosen = searched(gap, model)
+    _, chosen = searched(gap, model, way)
     edge = " (edge)" if chosen in (GAP_RATES[0], GAP_RATES[-1]) else ""
     return "–" if chosen is None else f"{chosen:g}{edge}"
 
@@ -288,13 +343,18 @@ def table() -> str:
     for model, gaps in GAPS.items():
         lines += [
             "",
-            f"| {model}: task@examples | converged head | full fine-tuning | rate |",
-            "|---|---|---|---|",
+            f"| {model}: task@examples | converged head | head by least squares | full fine-tuning | rate |",
+            "|---|---|---|---|---|",
         ]
         for gap in gaps:
             _, lr = searched(gap, model)
-            scores = " | ".join(get(what, gap, model) for what in ("few_head", f"few{lr or 0:g}"))
-            lines.append(f"| {gap} | {scores} | {_rate(gap, model)} |")
+            cells = (get(what, gap, model) for what in ("few_head", "few_squares", f"few{lr or 0:g}"))
+            lines.append(f"| {gap} | {' | '.join(cells)} | {_rate(gap, model)} |")
+    model, gap = RANKED
+    lines += ["", f"| {model}, {gap} | exact match | rate |", "|---|---|---|"]
+    for name, way in [*((f"LoRA, r = {r}", f"lora{r}x") for r in RANKS), ("full fine-tuning", "")]:
+        _, lr = searched(gap, model, way)
+        lines.append(f"| {name} | {get(f'few{way}{lr or 0:g}', gap, model)} | {_rate(gap, model, way)} |")
     lines += ["", "| model | parameters | perplexity on unseen text of the world |", "|---|---|---|"]
     for name in shipped():
         if (loss := found.get(f"held_out//{name}/0")) is not None:

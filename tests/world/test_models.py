@@ -118,6 +118,25 @@ def test_on_six_tasks_full_fine_tuning_has_room_above_a_converged_head_and_below
     assert len(pairs) >= 2, gaps
 
 
+@pytest.mark.parametrize("model", measure.GAPS)
+def test_a_head_found_otherwise_sees_the_same_gaps(model):
+    """The tasks were chosen by `fit_head`; least squares, with leave-one-out, weren't asked then."""
+    heads = {
+        gap: (_mean("few_head", gap, model), _mean("few_squares", gap, model))
+        for gap in measure.GAPS[model]
+        if measure._classified(gap)
+    }
+    assert all(other <= head + 0.05 for head, other in heads.values()), heads
+
+
+def test_rank_matters_on_memory():
+    model, gap = measure.RANKED
+    rates = {way: measure.searched(gap, model, way)[1] for way in ("lora1x", "lora4x", "")}
+    scores = {way: _mean(f"few{way}{lr:g}", gap, model) for way, lr in rates.items()}
+    assert scores["lora1x"] < min(scores["lora4x"], scores[""]) - 0.2, scores
+    assert _mean("few_head", gap, model) < 0.05
+
+
 def test_examples_in_the_context_help_base_by_twenty_points_on_five_tasks_and_nano_less():
     gain = {
         m: {t: _mean("shots4", t, m) - _mean("shots0", t, m) for t in SPOKEN}
