@@ -30,8 +30,9 @@ def lottery_difference(start: Weights, first: Weights, second: Weights, k: int) 
 def hard_fisher(losses: Tensor, gradients: Sequence[Weights], share: float, most: int) -> dict[str, Tensor]:
     """Σ_s g_s² over the examples with the largest loss: min(most, ⌊share · n⌋) of n, but at least 3.   (n) losses."""
     count = max(LEAST, min(most, int(share * len(losses))))
-    hardest = losses.argsort(descending=True)[:count].tolist()
-    return {name: torch.stack([gradients[s][name].square() for s in hardest]).sum(0) for name in gradients[0]}
+    # Each gradient is asked for once: in the lesson it costs a backward pass.
+    hardest = [gradients[s] for s in losses.argsort(descending=True)[:count].tolist()]
+    return {name: torch.stack([g[name].square() for g in hardest]).sum(0) for name in hardest[0]}
 
 
 def composed(start: Weights, differences: Sequence[Difference]) -> dict[str, Tensor]:
