@@ -12,7 +12,6 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 from pefttutor.authoring.document import WIDGET_VIEW, Document, canonical, joined, name_of
 from pefttutor.authoring.environment import kernel_environment
-from pefttutor.authoring.slices import needed, real_section
 from pefttutor.saving.files import write_atomically
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -51,23 +50,18 @@ def store(path: Path | str, *, timeout_s: float = 300) -> bool:
     return True
 
 
-def run(path: Path | str, *, real: bool = False, alone: bool = False, timeout_s: float = 300) -> Any:
+def run(path: Path | str, *, real: bool = False, timeout_s: float = 300) -> Any:
     """Run the notebook in a fresh kernel, in its own folder, and return it with its outputs; nothing is written.
 
         run("notebooks/12_lora.ipynb").cells[3].outputs
 
-    real: ask for the section on real models (PEFTTUTOR_REAL=1), which takes minutes. alone: run that section, and of
-    the rest only what it needs.
+    real: ask for the section on real models (PEFTTUTOR_REAL=1), which takes minutes.
 
     Raises: NotStored when a cell raises without the tag `raises-exception`, is too slow, or kills the kernel;
         NotANotebook when the file can't be read.
     """
     path = Path(path).resolve()
     notebook = prepared(Document(path))
-    if alone:
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        section = [code.index(notebook.cells[i]) for i in real_section(notebook.cells)]
-        notebook.cells = [code[i] for i in needed([cell.source for cell in code], section)]
     resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(
         notebook,

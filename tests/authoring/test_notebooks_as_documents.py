@@ -43,11 +43,8 @@ def test_it_names_only_lessons_that_exist_or_are_planned(path):
 @pytest.mark.real
 @pytest.mark.parametrize("path", WITH_REAL_MODELS, ids=name)
 def test_its_section_on_real_models_runs(path):
-    """What it prints is in the log with `pytest -rP`: these are the numbers that a learner gets.
-
-    The rest of the lesson is run, and compared, by `pytest --nbval`: here runs only what the section needs of it.
-    """
-    for cell in run(path, real=True, alone=True, timeout_s=2400).cells:
+    """What it prints is in the log with `pytest -rP`: these are the numbers that a learner gets."""
+    for cell in run(path, real=True, timeout_s=2400).cells:
         shown = "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream")
         if "PEFTTUTOR_REAL" in cell.source or "real" in cell.id:
             print(shown)
