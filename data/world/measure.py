@@ -52,8 +52,8 @@ GAP_STEPS, LONGER, SEARCH_SEED = 375, {"memory": 900}, 100
 # Where capacity is what counts: LoRA on every linear layer.
 RANKED, RANKS = ("campus-nano", "memory@480"), (1, 4)
 GAP_RATES, WINDOW = (
-    (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    (1, 3),
+    (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    (2, 4),
 )  # the window is widened while the best lies at its edge
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -160,9 +160,10 @@ def by_least_squares(name: str, gap: str, seed: int) -> float:
     No search by gradients, another loss, and the penalty with the least leave-one-out error instead of the best validation.
     """
     model, few, _ = _few(name, gap, seed)
-    layer, collate = output_layer(model, collator(model)(few["train"][:1]), None), collator(model)
-    x, y = arriving(model, layer[1], layer[0], collate, few["train"], 64)
-    seen, answers = arriving(model, layer[1], layer[0], collate, few["test"], 64)
+    stack = collator(model)
+    head, layer = output_layer(model, stack(few["train"][:1]), None)
+    x, y = arriving(model, layer, head, stack, few["train"], batch_size=64)
+    seen, answers = arriving(model, layer, head, stack, few["test"], batch_size=64)
     centre, scale = x.mean(0), x.std(0).clamp_min(1e-12)
     x, seen, wanted = (x - centre) / scale, (seen - centre) / scale, nn.functional.one_hot(y).double()
     offset = wanted.mean(0)
