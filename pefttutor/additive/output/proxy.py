@@ -236,10 +236,11 @@ class Processor:
             pad = getattr(self.others[0].config, "pad_token_id", None)
             real = input_ids != (-1 if pad is None else pad)
             return (real.cumsum(1) > 0).long()
-        if len(input_ids) % len(given) or (self.before is None and given.shape[1] != input_ids.shape[1]):
+        longer = input_ids.shape[1] - given.shape[1]  # by how many tokens the texts are
+        if len(input_ids) % len(given) or longer < 0 or (self.before is None and longer):
             raise ValueError(
                 f"attention_mask is {tuple(given.shape)} and the texts are {tuple(input_ids.shape)}: give the prompts' "
                 "own mask, and make a new processor for each call of generate."
             )
         given = given.to(input_ids.device).long().repeat_interleave(len(input_ids) // len(given), 0)
-        return nn.functional.pad(given, (0, input_ids.shape[1] - given.shape[1]), value=1)
+        return nn.functional.pad(given, (0, longer), value=1)

@@ -257,6 +257,17 @@ def test_a_prompt_that_was_steered_is_gone_on_from_more_than_once():
     again = model(ids[:, 7:], **{name: cache}).logits
     torch.testing.assert_close(again.detach(), expected[:, 7:], **CLOSE)
 
+def test_a_processor_whose_mask_is_longer_than_the_texts_is_refused():
+    """It was made for another call of `generate`, whose prompts were longer."""
+    _, expert, anti = three("llama")
+    processor = ProxyTuning().processor(expert, anti, attention_mask=prompts()["attention_mask"])
+    processor(prompts()["input_ids"], torch.zeros(3, 97))
+    with pytest.raises(
+        ValueError, match=r"\(3, 9\) and the texts are \(3, 5\).*a new processor for each call"
+    ):
+        processor(prompts()["input_ids"][:, 4:], torch.zeros(3, 97))
+
+
 
 def test_a_cache_that_was_filled_without_it_is_refused():
     models = three("llama")
