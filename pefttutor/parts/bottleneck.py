@@ -137,6 +137,12 @@ class Bottleneck(LayerChange):
             "a bottleneck adapter has a nonlinearity, which no weight can hold; leave it attached."
         )
 
+    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise ValueError(
+            f"{self.path!r} has the bottleneck adapter {self.name!r}, whose nonlinearity no weight can hold, and what "
+            "comes after it builds on that weight, as DoRA does: attach that one first, or switch the adapter off."
+        )
+
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
         """What goes into both projections is kept, and what the nonlinearity needs; a norm is run by itself."""
         if layer is not self.layer or self.at_norm:
