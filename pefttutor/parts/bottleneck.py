@@ -39,7 +39,9 @@ def width_of(layer: nn.Module) -> int:
     >>> width_of(nn.Linear(3, 5)), width_of(nn.LayerNorm(8))
     (5, 8)
     """
-    return layer.weight.numel() if is_norm(layer) else sizes(layer)[1]  # type: ignore[union-attr, operator]
+    if is_norm(layer):
+        return next(layer.parameters()).numel()  # its author may call it scale or gamma
+    return sizes(layer)[1]
 
 
 def draw_projections(

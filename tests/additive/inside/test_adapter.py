@@ -159,6 +159,29 @@ def test_the_plain_formula_on_one_layer_and_at_a_norm(activation):
     assert torch.autograd.gradcheck(lambda t: down(t), x.clone().requires_grad_())
 
 
+def test_a_norm_may_call_its_scale_as_it_likes():
+    class ScaleNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x / x.norm(dim=-1, keepdim=True)
+
+    method, z = (
+        Adapter(bottleneck=2, target_modules=("0",), init_std=0.3, activation="relu"),
+        torch.randn(3, 4),
+    )
+    model = nn.Sequential(ScaleNorm())
+    base = copy.deepcopy(model)
+    assert method.count(model) == 2 * 2 * 4 + 2 + 4
+    norm = method.attach(model, name="a")[0]
+    down, up = norm.get_parameter("adapter_down@a"), norm.get_parameter("adapter_up@a")
+    torch.testing.assert_close(model(z), base(z + (base(z) @ down.mT).relu() @ up.mT))
+    method.attach(model, name="b")
+    assert norm.get_parameter("adapter_up@b").shape == (4, 2)
+
+
 # ---- the start, and the count
 
 
