@@ -286,6 +286,20 @@ def test_a_prompt_that_was_steered_is_gone_on_from_more_than_once():
     torch.testing.assert_close(again.detach(), expected[:, 7:], **CLOSE)
 
 
+def test_the_others_follow_when_the_rows_of_a_cache_are_repeated_and_chosen():
+    models = three("llama")
+    model, ids = steered(models), batch_of("llama")["input_ids"][:2, :7]
+    rows = [0, 0, 1, 1]
+    expected = formula(models, {"input_ids": ids[rows][[3, 0]]})
+    name = next(key for key in CACHES if key in inspect.signature(model.forward).parameters)
+    output = model(ids[:, :5])
+    cache = next(getattr(output, key) for key in CACHES if hasattr(output, key))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    found = model(ids[rows][[3, 0]][:, 5:], **{name: cache}).logits
+    torch.testing.assert_close(found.detach(), expected[:, 5:], **CLOSE)
+
+
 def test_a_cache_that_was_filled_without_it_is_refused():
     models = three("llama")
     output = models[0](torch.tensor([[5, 6]]))
