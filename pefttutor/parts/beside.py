@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.data.trial import evaluating
-from pefttutor.parts.streams import CACHES
+from pefttutor.parts.streams import CACHES, cache_made
 
-__all__ = ["caches_beside", "carry", "run_beside", "vocabulary"]
+__all__ = ["caches_beside", "carry", "check_call", "places", "run_beside", "vocabulary"]
 
 BESIDE = "_pefttutor_beside"
 FOLLOWED = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
@@ -42,9 +42,33 @@ def run_beside(other: Any, call: Mapping[str, Any], cache: Any) -> tuple[Tensor,
     key = next((key for key in CACHES if key in known), CACHES[0])
     with torch.no_grad(), evaluating(other):
         output = other(**given, **({} if cache is None else {key: cache}))
-    return output.logits, next(
-        (c for c in (getattr(output, key, None) for key in CACHES) if c is not None), None
-    )
+    return output.logits, cache_made(output)
+
+
+def check_call(call: Mapping[str, Any]) -> None:
+    """Raise ValueError for what another model can't take over from a call."""
+    if call.get("inputs_embeds") is not None:
+        raise ValueError(
+            "inputs_embeds are the model's own, and the expert and the anti-expert have other embeddings: "
+            "give input_ids."
+        )
+    mask = call.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "ProxyTuning masks the two other models' texts, too, so attention_mask must be (batch, seq), and this one "
+            "is made for the model's own cache: in generate leave cache_implementation out."
+        )
+
+
+def places(mask: Tensor, tokens: Tensor) -> Tensor:
+    """The places of a text's last tokens in it, padding not counted.
+
+    >>> places(torch.tensor([[0, 1, 1]]), torch.tensor([[7, 8]]))
+    tensor([[0, 1]])
+
+    Shapes: (batch, whole seq), (batch, seq) → (batch, seq).
+    """
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
 
 
 def caches_beside(cache: Any, key: str) -> tuple[Any, ...] | None:

@@ -39,7 +39,9 @@ def width_of(layer: nn.Module) -> int:
     >>> width_of(nn.Linear(3, 5)), width_of(nn.LayerNorm(8))
     (5, 8)
     """
-    return layer.weight.numel() if is_norm(layer) else sizes(layer)[1]  # type: ignore[union-attr, operator]
+    if is_norm(layer):
+        return next(layer.parameters()).numel()  # its author may call it scale or gamma
+    return sizes(layer)[1]
 
 
 def draw_projections(
@@ -135,6 +137,12 @@ class Bottleneck(LayerChange):
     def check_foldable(self) -> None:
         raise ValueError(
             "a bottleneck adapter has a nonlinearity, which no weight can hold; leave it attached."
+        )
+
+    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise ValueError(
+            f"{self.path!r} has the bottleneck adapter {self.name!r}, whose nonlinearity no weight can hold, and what "
+            "comes after it builds on that weight, as DoRA does: attach that one first, or switch the adapter off."
         )
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:

@@ -13,6 +13,7 @@ from pefttutor.parts.part import Key, Part
 __all__ = [
     "InPlace",
     "Whole",
+    "added_by_others",
     "aside",
     "freeze",
     "fully_trained",
@@ -63,7 +64,7 @@ def fully_trained(model: nn.Module, modules_to_save: Collection[str]) -> tuple[l
     if not modules_to_save:
         return [], []
     modules = find_modules(model, modules_to_save, field="modules_to_save").values()
-    others = _added_by_others(model)
+    others = added_by_others(model)
     inside = {p for m in modules for p in m.parameters() if p.is_floating_point() and id(p) not in others}
     buffers = {b for m in modules for b in m.buffers() if id(b) not in others}
     persistent = model.state_dict().keys()
@@ -91,11 +92,11 @@ def train_everything(model: nn.Module, *, beside: bool = False) -> Whole:
 
 def base_buffers(model: nn.Module) -> list[Tensor]:
     """The buffers of the base, without those that attachments have added."""
-    ours = _added_by_others(model)
+    ours = added_by_others(model)
     return [b for b in model.buffers() if id(b) not in ours]
 
 
-def _added_by_others(model: nn.Module) -> set[int]:
+def added_by_others(model: nn.Module) -> set[int]:
     """The ids of all tensors that attachments have put beside the base's own."""
     from pefttutor.parts.attachment import attachments
 
@@ -115,7 +116,7 @@ def whole(model: nn.Module) -> list[str]:
     carried = attachments(model)
     tensors = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     trained = carried.trained if carried else {name for name, p in tensors.items() if p.requires_grad}
-    ours = _added_by_others(model)
+    ours = added_by_others(model)
     base = {name: p for name, p in tensors.items() if id(p) not in ours}
     return [name for name in base if name in trained] or list(base)
 

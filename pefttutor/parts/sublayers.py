@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.data.trial import ordinary, trial
+from pefttutor.parts.freezing import added_by_others
 from pefttutor.parts.linear import all_linear
 
 __all__ = ["Sublayer", "sublayers"]
@@ -105,7 +106,7 @@ def _trial(
 
         return hook
 
-    own = {id(p) for layer in layers.values() for p in layer.parameters()}
+    own = {id(p) for layer in layers.values() for p in layer.parameters()} | added_by_others(model)
     others = {
         name: p
         for name, p in model.named_parameters()

@@ -8,6 +8,8 @@ too large to train, or show no more than its logits.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.beside import caches_beside, carry, run_beside, vocabulary
+from pefttutor.parts.beside import caches_beside, carry, check_call, places, run_beside, vocabulary
 from pefttutor.parts.settings import check_number
-from pefttutor.parts.streams import CACHES, Hooked, seen_before
+from pefttutor.parts.streams import Hooked, cache_made, named_arguments, seen_before
 
 __all__ = ["Processor", "ProxyTuning"]
 
@@ -140,7 +142,11 @@ class _Steer:
     caches: tuple[Any, ...] = (None, None)  # the others', after what came before this call
 
     def note(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.call = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        self.call = named_arguments(model, args, kwargs)
+        check_call(self.call)
+        mask = self.call.get("attention_mask")
+        if mask is not None and "position_ids" not in inspect.signature(model.forward).parameters:
+            self.call["position_ids"] = places(mask, self.call["input_ids"])  # the others may need to know
         cache, filled = seen_before(self.call)
         caches = caches_beside(cache, self.key) if filled is not False else None
         if caches is None and filled:
@@ -164,20 +170,18 @@ class _Steer:
             logits, after = (own, None) if other is model else run_beside(other, call, cache)
             said.append(logits)
             filled.append(after)
-        carry(
-            next((c for c in (getattr(output, k, None) for k in CACHES) if c is not None), None),
-            self.key,
-            filled,
-        )
+        carry(cache_made(output), self.key, filled)
         output.logits = _combined(own, self.alpha, *said)
         if call.get("labels") is not None:
-            output.loss = _loss(model, output, own, call["labels"])
+            output.loss = _loss(model, output, own, call)
         return output
 
 
-def _loss(model: Any, output: Any, own: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: Any, output: Any, own: Tensor, call: Mapping[str, Any]) -> Tensor:
     """The model's loss of the steered logits. Raises: ValueError if it isn't one of its logits and labels alone."""
-    sizes = {"labels": labels, "vocab_size": own.shape[-1]}
+    sizes = {"labels": call["labels"], "vocab_size": own.shape[-1]}
+    if call.get("num_items_in_batch") is not None:  # over how many tokens a Trainer that accumulates divides
+        sizes["num_items_in_batch"] = call["num_items_in_batch"]
     if not torch.allclose(model.loss_function(logits=own, **sizes), output.loss, rtol=1e-3, equal_nan=True):
         raise ValueError(
             f"the loss of a {type(model).__name__} isn't one of its logits and labels alone, so it isn't known for the "
@@ -207,7 +211,7 @@ class Processor:
         mask = self._mask(input_ids)
         new = input_ids if rows is None else input_ids[:, -1:]
         call = {"input_ids": new, "attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
-        call["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        call["position_ids"] = places(mask, new)
         said = []
         for i, (other, cache) in enumerate(zip(self.others, self.caches, strict=True)):
             if rows is None:
@@ -236,10 +240,11 @@ class Processor:
             pad = getattr(self.others[0].config, "pad_token_id", None)
             real = input_ids != (-1 if pad is None else pad)
             return (real.cumsum(1) > 0).long()
-        if len(input_ids) % len(given) or (self.before is None and given.shape[1] != input_ids.shape[1]):
+        longer = input_ids.shape[1] - given.shape[1]  # by how many tokens the texts are
+        if len(input_ids) % len(given) or longer < 0 or (self.before is None and longer):
             raise ValueError(
                 f"attention_mask is {tuple(given.shape)} and the texts are {tuple(input_ids.shape)}: give the prompts' "
                 "own mask, and make a new processor for each call of generate."
             )
         given = given.to(input_ids.device).long().repeat_interleave(len(input_ids) // len(given), 0)
-        return nn.functional.pad(given, (0, input_ids.shape[1] - given.shape[1]), value=1)
+        return nn.functional.pad(given, (0, longer), value=1)

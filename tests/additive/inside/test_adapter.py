@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pefttutor import Adapter, LoRA, attached, detach, load, merge, save, switch, trainable
+from pefttutor import PASTA, Adapter, DoRA, LoRA, attached, detach, load, merge, save, switch, trainable
 from tests.additive.inside.adapters_library import BOTTLENECK, FILE, model_of, value_of
 from tests.cases import TEXTS, answer, base_answer, batch_of, fresh, gradients, loss_of, moved
 from tests.pictures import differences, picture, tensors
@@ -159,6 +159,29 @@ def test_the_plain_formula_on_one_layer_and_at_a_norm(activation):
     assert torch.autograd.gradcheck(lambda t: down(t), x.clone().requires_grad_())
 
 
+def test_a_norm_may_call_its_scale_as_it_likes():
+    class ScaleNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x / x.norm(dim=-1, keepdim=True)
+
+    method, z = (
+        Adapter(bottleneck=2, target_modules=("0",), init_std=0.3, activation="relu"),
+        torch.randn(3, 4),
+    )
+    model = nn.Sequential(ScaleNorm())
+    base = copy.deepcopy(model)
+    assert method.count(model) == 2 * 2 * 4 + 2 + 4
+    norm = method.attach(model, name="a")[0]
+    down, up = norm.get_parameter("adapter_down@a"), norm.get_parameter("adapter_up@a")
+    torch.testing.assert_close(model(z), base(z + (base(z) @ down.mT).relu() @ up.mT))
+    method.attach(model, name="b")
+    assert norm.get_parameter("adapter_up@b").shape == (4, 2)
+
+
 # ---- the start, and the count
 
 
@@ -270,6 +293,29 @@ def test_lora_in_the_same_layer_is_merged_only_while_the_adapter_is_off():
     torch.testing.assert_close(
         answer(merge(model, "lora"), batch_of("llama")), expected, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_dora_goes_beneath_an_adapter_and_not_on_it(placement):
+    """Its norm is that of a weight, and none holds the adapter's nonlinearity."""
+    adapter, dora = (
+        Adapter(bottleneck=3, placement=placement),
+        DoRA(r=2, target_modules=("down_proj",)),
+    )
+    model = adapter.attach(fresh("llama"))
+    before = picture(model)
+    with pytest.raises(ValueError, match=r"has the bottleneck adapter 'default'.*: attach that one first"):
+        dora.attach(model, name="dora")
+    assert differences(before, picture(model)) == []
+    both = adapter.attach(dora.attach(fresh("llama"), name="dora"))
+    torch.testing.assert_close(answer(both, batch_of("llama")), base_answer("llama"), rtol=1e-4, atol=1e-5)
+
+
+def test_what_other_methods_have_added_ends_no_sublayer():
+    """PASTA's vectors go into the residual sum without a linear layer."""
+    model = PASTA(special_token_ids=(1, 2)).attach(fresh("llama"), name="pasta")
+    found = trainable(switch(Adapter(bottleneck=3).attach(model), "default"))
+    assert found == trainable(Adapter(bottleneck=3).attach(fresh("llama")))
 
 
 # ---- a parallel adapter carries a tensor from one layer to another

@@ -103,6 +103,23 @@ def test_with_labels_the_loss_is_that_of_the_steered_logits(kind):
     torch.testing.assert_close(pefttutor.train.losses.causal_lm_loss(model, inputs), expected, **CLOSE)
 
 
+def test_a_loss_divided_by_the_trainers_number_of_tokens_is_that_of_the_steered_logits():
+    model, inputs = steered(three("llama")), batch_of("llama")
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    expected = model(**inputs).loss / 2
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=2 * count).loss, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_arguments_without_a_name_are_those_of_the_models_own_signature(kind):
+    """The second one is the mask of a Llama, and the cache of a GPT-2."""
+    models, inputs = three(kind), prompts() | {"position_ids": torch.arange(9).expand(3, 9) * 2}
+    order = list(inspect.signature(models[0].forward).parameters)
+    last = max(order.index(key) for key in inputs)
+    given = [inputs.get(key) for key in order[: last + 1]]
+    torch.testing.assert_close(steered(models)(*given).logits.detach(), formula(models, inputs), **CLOSE)
+
+
 def test_a_loss_of_more_than_the_logits_is_refused():
     config = hf.MixtralConfig(
         vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -157,7 +174,7 @@ def step_by_step(models: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[T
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "other"), [*((k, k) for k in FAMILIES), ("llama", "gpt2"), ("gpt2", "bloom")]
+    ("kind", "other"), [*((k, k) for k in FAMILIES), ("llama", "gpt2"), ("gpt2", "bloom"), ("bloom", "gpt2")]
 )
 def test_greedy_generation_says_what_the_formula_says_step_by_step(kind, other, use_cache):
     models = three(kind, other)
@@ -240,6 +257,17 @@ def test_a_mask_that_is_not_the_prompts_own_is_refused():
         processor(prompts()["input_ids"], torch.zeros(3, 97))
 
 
+def test_a_processor_whose_mask_is_longer_than_the_texts_is_refused():
+    """It was made for another call of `generate`, whose prompts were longer."""
+    _, expert, anti = three("llama")
+    processor = ProxyTuning().processor(expert, anti, attention_mask=prompts()["attention_mask"])
+    processor(prompts()["input_ids"], torch.zeros(3, 97))
+    with pytest.raises(
+        ValueError, match=r"\(3, 9\) and the texts are \(3, 5\).*a new processor for each call"
+    ):
+        processor(prompts()["input_ids"][:, 4:], torch.zeros(3, 97))
+
+
 # ---- caches
 
 
@@ -256,6 +284,20 @@ def test_a_prompt_that_was_steered_is_gone_on_from_more_than_once():
     cache.crop(-2)
     again = model(ids[:, 7:], **{name: cache}).logits
     torch.testing.assert_close(again.detach(), expected[:, 7:], **CLOSE)
+
+
+def test_the_others_follow_when_the_rows_of_a_cache_are_repeated_and_chosen():
+    models = three("llama")
+    model, ids = steered(models), batch_of("llama")["input_ids"][:2, :7]
+    rows = [0, 0, 1, 1]
+    expected = formula(models, {"input_ids": ids[rows][[3, 0]]})
+    name = next(key for key in CACHES if key in inspect.signature(model.forward).parameters)
+    output = model(ids[:, :5])
+    cache = next(getattr(output, key) for key in CACHES if hasattr(output, key))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    found = model(ids[rows][[3, 0]][:, 5:], **{name: cache}).logits
+    torch.testing.assert_close(found.detach(), expected[:, 5:], **CLOSE)
 
 
 def test_a_cache_that_was_filled_without_it_is_refused():
@@ -368,6 +410,18 @@ def test_a_processor_asks_the_same_of_its_two_models():
 def test_a_call_without_named_outputs_is_refused():
     with pytest.raises(ValueError, match=r"adds to output.logits, and this call gives none"):
         steered(three("llama"))(**prompts(), return_dict=False)
+
+
+@pytest.mark.parametrize("width", [16, 24])  # of one width they would be read as words, and mean others
+def test_embeddings_in_the_place_of_tokens_are_refused(width):
+    model, *others = three("llama", width=width) if width == 24 else three("llama")
+    with pytest.raises(ValueError, match=r"inputs_embeds are the model's own.*: give input_ids"):
+        steered((model, *others))(inputs_embeds=torch.ones(1, 4, 24))
+
+
+def test_a_mask_that_is_made_for_a_cache_of_a_fixed_length_is_refused():
+    with pytest.raises(ValueError, match="in generate leave cache_implementation out"):
+        steered(three("llama")).generate(**prompts(), **HOW, cache_implementation="static")
 
 
 def test_a_strength_is_a_number():
