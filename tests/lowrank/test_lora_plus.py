@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pefttutor import LoRAPlus, fit, trainable
-from tests.lowrank.peers import EXACT, drawn, run, with_peft
+from tests.lowrank.peers import EXACT, drawn, lora_config, run, with_peft
 
 F64 = torch.float64
 
@@ -18,14 +18,12 @@ F64 = torch.float64
     ("kind", "names"), [("llama", ("q_proj", "down_proj")), ("bert", ("query", "value"))]
 )
 def test_steps_are_those_of_pefts_optimizer(tiny, batch, kind, names):
-    from peft import LoraConfig
     from peft.optimizers import create_loraplus_optimizer
 
     ours = LoRAPlus(r=3, lora_alpha=7, target_modules=names, loraplus_lr_ratio=5)
     base, inputs = tiny(kind, dtype=F64), batch(kind, dtype=F64)
     model = drawn(ours.attach(copy.deepcopy(base)))
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=list(names))
-    theirs, parameters = with_peft(base, config)
+    theirs, parameters = with_peft(base, lora_config(ours))
     for name in trainable(model):
         parameters[name].data.copy_(model.get_parameter(name).data)
     mine = ours.optimizer(model, lr=0.01, weight_decay=0.1)
