@@ -41,7 +41,7 @@ def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, T
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
     root = (S[:r] / scaling).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
