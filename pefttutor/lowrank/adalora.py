@@ -148,10 +148,9 @@ class AdaLoRA:
         assert self.total_step is not None
         first, last = self.init_r * layers, self.target_r * layers
         left = 1 - (step - self.tinit) / (self.total_step - self.tfinal - self.tinit)
-        if step <= self.tinit:
-            return first
-        # With tfinal = 0 the released codes end a step too early, before the cube is zero.
-        return last if left <= 0 or step >= self.total_step - 1 else int((first - last) * left**3 + last)
+        if step >= self.total_step - 1:  # with tfinal = 0 the released codes end a step too early
+            left = 0
+        return int((first - last) * min(max(left, 0), 1) ** 3 + last)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep the rows of Q and the columns of P orthogonal."""
@@ -176,7 +175,7 @@ class AdaLoRA:
         if step < fixed_from:
             for part in parts:
                 part.learn_importance(self.beta1, self.beta2)
-        due = step > self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
+        due = step >= self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
         if (due and step < fixed_from) or step == fixed_from:
             scores = torch.cat([part.scores().to(counter.device) for part in parts])
             kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)

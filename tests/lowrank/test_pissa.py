@@ -63,7 +63,9 @@ def test_the_start_is_the_best_approximation_of_its_rank(dtype):
     torch.testing.assert_close(off.norm(), S[2:].norm())  # Eckart and Young
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-3, atol=1e-5)  # each has half of the strength
     assert A.dtype == torch.promote_types(dtype, torch.float32)
-    assert A.is_contiguous()  # LAPACK's own are column by column, and whoever flattens a parameter would stumble
+    assert (
+        A.is_contiguous()
+    )  # LAPACK's own are column by column, and whoever flattens a parameter would stumble
     assert B.is_contiguous()
 
 
