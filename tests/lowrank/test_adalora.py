@@ -275,6 +275,9 @@ def test_the_strength_follows_the_rank_only_if_asked():
         torch.testing.assert_close(model(x) - lora, nn.functional.linear(x, *_base(model)))
         unmerge(model)
     torch.testing.assert_close(said[1], 2 * said[0])  # r / rank = 4 / 2
+    models[1][0].lora_kept.zero_()  # a layer may lose all of its ranks
+    attached(models[1])["default"].parts[0].cut()
+    assert torch.equal(models[1](x), nn.functional.linear(x, models[1][0].weight, models[1][0].bias))
 
 
 def _base(model):
@@ -331,6 +334,7 @@ def test_two_of_one_kind_have_a_budget_each_and_one_that_is_off_is_left_alone():
     attached(model)["one"].trains = attached(model)["two"].trains = False
     method.after_step(model, 0)
     assert differences(before, picture(model)) == []
+    assert method.penalty(model).item() == 0
 
 
 # ---- a schedule that isn't lived through
