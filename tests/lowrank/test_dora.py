@@ -157,6 +157,8 @@ def test_row_norms_never_form_the_product_and_are_exact(dtype):
     with torch.autocast("cpu", dtype=BF16):
         found = row_norms(W, A, B, 0.5)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    nothing = (-0.5 * B.to(A.dtype) @ A).to(A.dtype)  # W + s B A is zero, and its square rounded below it
+    assert row_norms(nothing, A, B, 0.5).isfinite().all()
     W, A, B = (t.double().requires_grad_() for t in (W, A, B))
     assert torch.autograd.gradcheck(partial(row_norms, scaling=0.5), (W, A, B))
 

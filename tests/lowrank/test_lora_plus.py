@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import LoRAPlus, fit, trainable
+from pefttutor import LoRA, LoRAPlus, fit, trainable
 from tests.lowrank.peers import EXACT, drawn, lora_config, run, with_peft
 
 F64 = torch.float64
@@ -48,6 +48,10 @@ def test_everything_that_trains_is_in_one_group_and_only_b_of_linear_layers_is_f
     assert [names[id(p)] for p in fast["params"]] == ["up.lora_B"]
     assert {names[id(p)] for p in slow["params"]} == set(trainable(model)) - {"up.lora_B"}
     assert [(g["lr"], g["weight_decay"]) for g in (slow, fast)] == [(0.5, 0.25), (2.0, 0.25)]
+    LoRA(r=1, target_modules=("up",)).attach(model, name="beside")  # whose B has the common rate
+    slow, fast = method.optimizer(model, lr=0.5, weight_decay=0.25).param_groups
+    assert [id(p) for p in fast["params"]] == [id(model["up"].lora_B)]
+    assert len(slow["params"]) == len(trainable(model)) - 1
 
 
 def test_fit_takes_the_optimizer_and_its_first_step_is_so_much_longer():
