@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,9 @@ from pefttutor.kernels.precision import unrounded
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
 from pefttutor.parts.added import Added
 from pefttutor.parts.attachment import added_key
-from pefttutor.parts.freezing import train_fully
-from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.settings import check_choice, check_number, check_whole
-from pefttutor.parts.triplets import KEPT, Triplets
+from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets
 
 __all__ = ["AdaLoRA", "off_orthogonal"]
 
@@ -112,6 +112,11 @@ class AdaLoRA:
                     f"{self.tinit + self.tfinal}, for the budget shrinks between them."
                 )
 
+    @property
+    def scaling(self) -> float:
+        """The factor s of P Λ Q, as long as it doesn't follow the rank."""
+        return self.lora_alpha / self.init_r
+
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, give its target modules their triplets, and return it.
 
@@ -124,17 +129,10 @@ class AdaLoRA:
                     "total_step is None; AdaLoRA must know how many steps fit will take: total_step=…"
                 )
             generator = torch.Generator().manual_seed(self.init_seed)
-            for path, layer in lowrank_targets(model, self, rank="init_r").items():
-                new.add(
-                    Triplets(
-                        path, layer, name, self.init_r, generator, scaling=self.lora_alpha / self.init_r,
-                        dropout=self.lora_dropout, scale_by_rank=self.scale_by_rank,
-                    )
-                )  # fmt: skip
+            factors = partial(draw_triplets, r=self.init_r, generator=generator)
+            add_lowrank(new, model, factors, Triplets, rank="init_r", scale_by_rank=self.scale_by_rank)
             counter = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
             new.add(Added([(model, "", added_key(COUNTER, name), counter)]))
-            for part in train_fully(model, (), self.modules_to_save):
-                new.add(part)
         return model
 
     def count(self, model: nn.Module) -> int:
@@ -150,10 +148,9 @@ class AdaLoRA:
         assert self.total_step is not None
         first, last = self.init_r * layers, self.target_r * layers
         left = 1 - (step - self.tinit) / (self.total_step - self.tfinal - self.tinit)
-        if step <= self.tinit:
-            return first
-        # With tfinal = 0 the released codes end a step too early, before the cube is zero.
-        return last if left <= 0 or step >= self.total_step - 1 else int((first - last) * left**3 + last)
+        if step >= self.total_step - 1:  # with tfinal = 0 the released codes end a step too early
+            left = 0
+        return int((first - last) * min(max(left, 0), 1) ** 3 + last)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep the rows of Q and the columns of P orthogonal."""
@@ -178,7 +175,7 @@ class AdaLoRA:
         if step < fixed_from:
             for part in parts:
                 part.learn_importance(self.beta1, self.beta2)
-        due = step > self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
+        due = step >= self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
         if (due and step < fixed_from) or step == fixed_from:
             scores = torch.cat([part.scores().to(counter.device) for part in parts])
             kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)

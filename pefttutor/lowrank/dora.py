@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,10 @@ from torch.nn import functional as F
 
 from pefttutor.kernels.precision import unrounded
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.linear import dense_weight
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
-from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank, scaling_of
 from pefttutor.parts.settings import check_choice
 
 __all__ = ["DoRA", "row_norms"]
@@ -93,7 +93,7 @@ class DoRA:
     @property
     def scaling(self) -> float:
         """The factor s of B A: lora_alpha / r, or lora_alpha / √r with `use_rslora`."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return scaling_of(self)
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, give its target modules the two factors and the magnitude, and return it.
@@ -103,11 +103,8 @@ class DoRA:
         """
         with attaching(model, self, name) as new:
             generator = torch.Generator().manual_seed(self.init_seed)
-            for path, layer in lowrank_targets(model, self).items():
-                factors = draw_factors(layer, self.r, generator)
-                new.add(Decomposed(path, layer, name, factors, method=self))
-            for part in train_fully(model, (), self.modules_to_save):
-                new.add(part)
+            factors = partial(draw_factors, r=self.r, generator=generator)
+            add_lowrank(new, model, factors, Decomposed, detach_norm=self.detach_norm)
         return model
 
     def count(self, model: nn.Module) -> int:
@@ -126,14 +123,19 @@ class Decomposed(LowRank):
     stored = False
 
     def __init__(
-        self, path: str, layer: nn.Module, name: str, factors: tuple[Tensor, Tensor], *, method: DoRA
+        self,
+        path: str,
+        layer: nn.Module,
+        name: str,
+        factors: tuple[Tensor, Tensor],
+        *,
+        detach_norm: bool,
+        **how: float,
     ) -> None:
-        self.detach_norm = method.detach_norm
+        self.detach_norm = detach_norm
         weight = dense_weight(layer)
-        super().__init__(
-            path, layer, name, factors, scaling=method.scaling, dropout=method.lora_dropout,
-            beside={MAGNITUDE: nn.Parameter(weight.new_empty(len(weight)))},
-        )  # fmt: skip
+        beside = {MAGNITUDE: nn.Parameter(weight.new_empty(len(weight)))}
+        super().__init__(path, layer, name, factors, beside=beside, **how)  # type: ignore[arg-type]
         with torch.no_grad():  # in the same way as later, so that c is 1 to the last bit
             weight, _ = self.beneath()
             self.held(MAGNITUDE).copy_(row_norms(weight, *self.factors, self.scaling))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.freezing import train_fully
-from pefttutor.parts.lowrank_layer import LowRank, draw_factors
-from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+from pefttutor.parts.lowrank_layer import draw_factors
+from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank, scaling_of
 
 __all__ = ["LoRAFA"]
 
@@ -57,7 +57,7 @@ class LoRAFA:
     @property
     def scaling(self) -> float:
         """The factor s of B A: lora_alpha / r, or lora_alpha / √r with `use_rslora`."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return scaling_of(self)
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, give its target modules the two factors, and return it.
@@ -67,25 +67,15 @@ class LoRAFA:
         """
         with attaching(model, self, name) as new:
             generator = torch.Generator().manual_seed(self.init_seed)
-            for path, layer in lowrank_targets(model, self).items():
-                A, B = draw_factors(layer, self.r, generator)
-                if isinstance(layer, nn.Embedding):  # there LoRA's A starts at zero, and would stay there
-                    A, B = A.normal_(generator=generator), torch.zeros_like(B)
-                new.add(
-                    LowRank(
-                        path,
-                        layer,
-                        name,
-                        (A, B),
-                        scaling=self.scaling,
-                        dropout=self.lora_dropout,
-                        train_A=False,
-                    )
-                )
-            for part in train_fully(model, (), self.modules_to_save):
-                new.add(part)
+            add_lowrank(new, model, partial(self._drawn, generator=generator), train_A=False)
         return model
 
     def count(self, model: nn.Module) -> int:
         """How many values train, without attaching: Σ r · out over the targets, and modules_to_save."""
         return count_lowrank(model, self, lambda n_in, n_out: self.r * n_out)
+
+    def _drawn(self, layer: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        A, B = draw_factors(layer, self.r, generator)
+        if isinstance(layer, nn.Embedding):  # there LoRA's A starts at zero, and would stay there
+            return A.normal_(generator=generator), torch.zeros_like(B)
+        return A, B

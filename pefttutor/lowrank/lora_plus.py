@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attached, attaching
-from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
-from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank, scaling_of
 from pefttutor.parts.settings import check_number
 
 __all__ = ["LoRAPlus"]
@@ -61,7 +61,7 @@ class LoRAPlus:
     @property
     def scaling(self) -> float:
         """The factor s of B A: lora_alpha / r, or lora_alpha / √r with `use_rslora`."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return scaling_of(self)
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, give its target modules the two factors, and return it.
@@ -71,11 +71,7 @@ class LoRAPlus:
         """
         with attaching(model, self, name) as new:
             generator = torch.Generator().manual_seed(self.init_seed)
-            for path, layer in lowrank_targets(model, self).items():
-                factors = draw_factors(layer, self.r, generator)
-                new.add(LowRank(path, layer, name, factors, scaling=self.scaling, dropout=self.lora_dropout))
-            for part in train_fully(model, (), self.modules_to_save):
-                new.add(part)
+            add_lowrank(new, model, partial(draw_factors, r=self.r, generator=generator))
         return model
 
     def count(self, model: nn.Module) -> int:

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.freezing import train_fully
 from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.linear import dense_weight
 from pefttutor.parts.lowrank_layer import LowRank
-from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank, lowrank_targets
+from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 
 __all__ = ["PiSSA", "principal_factors"]
 
@@ -42,7 +41,7 @@ def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, T
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
     root = (S[:r] / scaling).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +90,12 @@ class PiSSA:
             r, or can't tell its weight. The model is then as it was.
         """
         with attaching(model, self, name) as new:
-            for path, layer in lowrank_targets(model, self).items():
-                factors = principal_factors(dense_weight(layer), self.r, self.scaling)
-                new.add(
-                    FromStart(path, layer, name, factors, scaling=self.scaling, dropout=self.lora_dropout)
-                )
-            for part in train_fully(model, (), self.modules_to_save):
-                new.add(part)
+            add_lowrank(
+                new,
+                model,
+                lambda layer: principal_factors(dense_weight(layer), self.r, self.scaling),
+                FromStart,
+            )
         return model
 
     def count(self, model: nn.Module) -> int:

@@ -1,18 +1,21 @@
-"""What the methods with thin factors ask before they attach: are the settings right, which layers, how many values."""
+"""What the methods with thin factors share: are the settings right, which layers, how many values, and attaching."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from pefttutor.parts.freezing import fully_trained
+from pefttutor.parts.attachment import Attachment
+from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.linear import sizes
+from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.parts.modules import linear_targets
 from pefttutor.parts.settings import check_names, check_number, check_whole
 
-__all__ = ["check_lowrank", "count_lowrank", "lowrank_targets"]
+__all__ = ["add_lowrank", "check_lowrank", "count_lowrank", "lowrank_targets", "scaling_of"]
 
 
 def check_lowrank(method: Any, *, rank: str = "r", seeded: bool = True) -> None:
@@ -26,6 +29,11 @@ def check_lowrank(method: Any, *, rank: str = "r", seeded: bool = True) -> None:
     if seeded:
         check_whole(method, "init_seed", least=0)
     check_names(method, "target_modules", "modules_to_save")
+
+
+def scaling_of(method: Any) -> float:
+    """The factor s of B A: lora_alpha / r, or lora_alpha / √r with `use_rslora`."""
+    return method.lora_alpha / (math.sqrt(method.r) if method.use_rslora else method.r)
 
 
 def lowrank_targets(model: nn.Module, method: Any, *, rank: str = "r") -> dict[str, nn.Module]:
@@ -52,3 +60,33 @@ def count_lowrank(
     fully, _ = fully_trained(model, method.modules_to_save)
     added = sum(values(*sizes(layer)) for layer in targets.values())
     return added + sum(model.get_parameter(name).numel() for name in fully)
+
+
+def add_lowrank(
+    new: Attachment,
+    model: nn.Module,
+    factors: Callable[[nn.Module], tuple[Tensor, Tensor]],
+    kind: Callable[..., LowRank] = LowRank,
+    *,
+    rank: str = "r",
+    **how: Any,
+) -> None:
+    """Take in a change of each target and what trains `modules_to_save`, by the settings of the attachment's method.
+
+    factors: of a layer, A and B as they start. kind: of change; how: what this kind asks for beside the usual.
+    """
+    method = new.method
+    for path, layer in lowrank_targets(model, method, rank=rank).items():
+        new.add(
+            kind(
+                path,
+                layer,
+                new.name,
+                factors(layer),
+                scaling=method.scaling,
+                dropout=method.lora_dropout,
+                **how,
+            )
+        )
+    for part in train_fully(model, (), method.modules_to_save):
+        new.add(part)

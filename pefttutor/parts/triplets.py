@@ -17,10 +17,20 @@ from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.parts.part import hold, let_go
 
-__all__ = ["Triplets"]
+__all__ = ["Triplets", "draw_triplets"]
 
 KEPT, IMPORTANCE = "lora_kept", "lora_importance"
 STD = 0.02  # of the draws of P and Q
+
+
+def draw_triplets(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Q and P, normal and small; on the CPU, so that every device gets the same. Shapes: → (r, in), (out, r)."""
+    n_in, n_out = sizes(layer)
+    Q, P = (
+        torch.empty(shape, device="cpu").normal_(std=STD, generator=generator)
+        for shape in ((r, n_in), (n_out, r))
+    )
+    return Q, P
 
 
 class Triplets(LowRank):
@@ -40,24 +50,15 @@ class Triplets(LowRank):
         path: str,
         layer: nn.Module,
         name: str,
-        r: int,
-        generator: torch.Generator,
+        factors: tuple[Tensor, Tensor],
         *,
-        scaling: float,
-        dropout: float = 0.0,
-        scale_by_rank: bool = False,
+        scale_by_rank: bool,
+        **how: float,
     ) -> None:
-        """scale_by_rank: let s grow as the triplets that count become fewer, as s = scaling · r / rank."""
-        n_in, n_out = sizes(layer)
-        Q, P = (
-            torch.empty(shape, device="cpu").normal_(std=STD, generator=generator)
-            for shape in ((r, n_in), (n_out, r))
-        )
+        """factors: Q and P. scale_by_rank: let s grow as fewer triplets count, as scaling · r / rank."""
+        (r, n_in), n_out = factors[0].shape, len(factors[1])
         lambdas, kept = nn.Parameter(torch.zeros(r, 1)), torch.ones(r, dtype=torch.bool)
-        super().__init__(
-            path, layer, name, (Q, P), scaling=scaling, dropout=dropout,
-            beside={"lora_E": lambdas, KEPT: kept},
-        )  # fmt: skip
+        super().__init__(path, layer, name, factors, beside={"lora_E": lambdas, KEPT: kept}, **how)  # type: ignore[arg-type]
         self.scale_by_rank = scale_by_rank
         importance = self.held("lora_E").new_zeros(2, r * (n_in + n_out + 1))
         hold(layer, added_key(IMPORTANCE, name), importance.detach(), persistent=False)

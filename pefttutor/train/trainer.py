@@ -1,7 +1,9 @@
 """The hooks of attached methods inside `transformers.Trainer`, for those who train with it instead of `fit`."""
 
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from pefttutor.train.hooks import Hooks
@@ -21,7 +23,7 @@ def callback(method: Any = None) -> Any:
     the given norm itself, after them, as `fit` does.
 
     A callback can't choose the optimizer. For a method that brings its own, give it to the Trainer:
-    `Trainer(…, optimizers=(method.optimizer(model, lr=…, weight_decay=…), None))`.
+    `Trainer(…, optimizers=(method.optimizer(model, lr=…, weight_decay=…), None))`. With another one, it warns.
 
     >>> from types import SimpleNamespace; from pefttutor.selective import ChildTuningF
     >>> arguments = SimpleNamespace(fp16=False, max_grad_norm=1.0)
@@ -44,6 +46,8 @@ def callback(method: Any = None) -> Any:
         ) -> None:
             assert model is not None
             self.hooks, self.watch = Hooks(model, method), Watch(model)
+            if kwargs.get("optimizer") is not None:
+                _warn_of_another(self.hooks, kwargs["optimizer"], args.learning_rate)
             if not self.hooks.changes_gradients:
                 return
             if args.fp16:
@@ -76,3 +80,24 @@ def callback(method: Any = None) -> Any:
                 args.max_grad_norm, self.max_grad_norm = self.max_grad_norm, 0.0
 
     return MethodCallback()
+
+
+def _warn_of_another(hooks: Hooks, optimizer: Any, lr: float) -> None:
+    """Warn where a method brings an optimizer and the Trainer has one of another kind, or with other groups' rates."""
+    given = getattr(optimizer, "optimizer", optimizer)  # accelerate puts one around it
+    for method in hooks.having("optimizer"):
+        own = method.optimizer(hooks.model, lr=lr, weight_decay=0.0)
+        if type(own) is not type(given) or _by_rate(own) != _by_rate(given):
+            warnings.warn(
+                f"{type(method).__name__} brings an optimizer of its own, and this Trainer has another: give it "
+                "optimizers=(method.optimizer(model, lr=…, weight_decay=…), None)",
+                stacklevel=3,
+            )
+
+
+def _by_rate(optimizer: torch.optim.Optimizer) -> set[frozenset[int]]:
+    """The parameters' ids, together where they learn at one rate."""
+    found: dict[float, set[int]] = {}
+    for group in optimizer.param_groups:
+        found.setdefault(group.get("initial_lr", group["lr"]), set()).update(map(id, group["params"]))
+    return {frozenset(ids) for ids in found.values() if ids}

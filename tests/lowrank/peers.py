@@ -14,6 +14,17 @@ from pefttutor import trainable
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
+def lora_config(ours: Any, **own: Any) -> Any:
+    """HF PEFT's configuration of the same settings."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=ours.r, lora_alpha=ours.lora_alpha, target_modules=list(ours.target_modules),
+        lora_dropout=ours.lora_dropout, use_rslora=getattr(ours, "use_rslora", False),
+        modules_to_save=list(ours.modules_to_save) or None, **own,
+    )  # fmt: skip
+
+
 def with_peft(model: nn.Module, config: Any) -> tuple[Any, dict[str, nn.Parameter]]:
     """A copy of the model adapted by HF PEFT, and its parameters under our names."""
     from peft import get_peft_model

@@ -224,6 +224,14 @@ def test_a_target_as_high_as_the_start_takes_nothing_away():
     assert all(layer.lora_E.all() for layer in model)
 
 
+@pytest.mark.parametrize(("steps", "deltaT"), [(3, 1), (4, 2)])
+def test_a_budget_that_stays_until_the_last_step_comes_down_in_it(steps, deltaT):
+    method = AdaLoRA(init_r=3, target_r=1, total_step=steps, tinit=2, deltaT=deltaT, target_modules=LAYERS)
+    model = trained(method, steps - 1)
+    assert method.ranks(model) == {"0": 3, "1": 3}
+    assert sum(method.ranks(trained(method, 1, model)).values()) == 2
+
+
 def test_exactly_so_many_stay_as_the_budget_has_also_where_scores_are_equal():
     """A layer that got no gradient, as an expert that no token was sent to, counts nothing; its scores are all 0."""
     method = AdaLoRA(init_r=3, target_r=2, total_step=4, target_modules=LAYERS)
@@ -267,6 +275,9 @@ def test_the_strength_follows_the_rank_only_if_asked():
         torch.testing.assert_close(model(x) - lora, nn.functional.linear(x, *_base(model)))
         unmerge(model)
     torch.testing.assert_close(said[1], 2 * said[0])  # r / rank = 4 / 2
+    models[1][0].lora_kept.zero_()  # a layer may lose all of its ranks
+    attached(models[1])["default"].parts[0].cut()
+    assert torch.equal(models[1](x), nn.functional.linear(x, models[1][0].weight, models[1][0].bias))
 
 
 def _base(model):
@@ -323,6 +334,7 @@ def test_two_of_one_kind_have_a_budget_each_and_one_that_is_off_is_left_alone():
     attached(model)["one"].trains = attached(model)["two"].trains = False
     method.after_step(model, 0)
     assert differences(before, picture(model)) == []
+    assert method.penalty(model).item() == 0
 
 
 # ---- a schedule that isn't lived through

@@ -16,21 +16,11 @@ from pefttutor.lowrank.dora import row_norms
 from pefttutor.memory.measured import watch_saved
 from pefttutor.parts.linear import dense_weight
 from pefttutor.widgets.spectrum import truncated, updates
-from tests.lowrank.peers import assert_same_as_peft, drawn, run, with_peft
+from tests.lowrank.peers import assert_same_as_peft, drawn, lora_config, run, with_peft
 from tests.memory.models import batch_of, model_of
 from tests.tiny import Quantised
 
 F64, BF16 = torch.float64, torch.bfloat16
-
-
-def config_of(ours: DoRA):
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=ours.r, lora_alpha=ours.lora_alpha, target_modules=list(ours.target_modules), use_dora=True,
-        lora_dropout=ours.lora_dropout, use_rslora=ours.use_rslora,
-        modules_to_save=list(ours.modules_to_save) or None,
-    )  # fmt: skip
 
 
 # ---- HF PEFT
@@ -50,14 +40,18 @@ def test_outputs_and_every_gradient_are_those_of_peft(tiny, batch, kind, names, 
     ours = DoRA(r=3, lora_alpha=7, target_modules=names, lora_dropout=dropout)
     side = "left" if dropout else "right"
     inputs = batch(kind, side=side, dtype=F64)
-    assert_same_as_peft(tiny(kind, dtype=F64), ours, config_of(ours), inputs, train=dropout > 0)
+    assert_same_as_peft(
+        tiny(kind, dtype=F64), ours, lora_config(ours, use_dora=True), inputs, train=dropout > 0
+    )
 
 
 def test_an_embedding_rslora_and_a_new_head_are_those_of_peft(tiny, batch):
     ours = DoRA(
         r=2, use_rslora=True, target_modules=("word_embeddings", "query"), modules_to_save=("classifier",)
     )
-    assert_same_as_peft(tiny("bert", dtype=F64), ours, config_of(ours), batch("bert", dtype=F64))
+    assert_same_as_peft(
+        tiny("bert", dtype=F64), ours, lora_config(ours, use_dora=True), batch("bert", dtype=F64)
+    )
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
@@ -70,7 +64,10 @@ def test_in_bfloat16_its_gradients_are_about_as_near_to_the_exact_ones_as_those_
     base = tiny(kind, dtype=BF16)  # so that all three have the same weights
     exact = drawn(ours.attach(copy.deepcopy(base).double()))
     model = base if how == "bfloat16" else base.float()
-    adapted, (theirs, parameters) = ours.attach(copy.deepcopy(model)), with_peft(model, config_of(ours))
+    adapted, (theirs, parameters) = (
+        ours.attach(copy.deepcopy(model)),
+        with_peft(model, lora_config(ours, use_dora=True)),
+    )
     errors = []
     run(exact, inputs)
     true = {n: p.grad for n, p in exact.named_parameters() if p.grad is not None}
@@ -160,6 +157,8 @@ def test_row_norms_never_form_the_product_and_are_exact(dtype):
     with torch.autocast("cpu", dtype=BF16):
         found = row_norms(W, A, B, 0.5)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    nothing = (-0.5 * B.to(A.dtype) @ A).to(A.dtype)  # W + s B A is zero, and its square rounded below it
+    assert row_norms(nothing, A, B, 0.5).isfinite().all()
     W, A, B = (t.double().requires_grad_() for t in (W, A, B))
     assert torch.autograd.gradcheck(partial(row_norms, scaling=0.5), (W, A, B))
 

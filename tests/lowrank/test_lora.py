@@ -19,6 +19,7 @@ from pefttutor import LoRA, freeze, merge, trainable, unmerge
 from pefttutor.method import merged
 from pefttutor.parts.layer_change import AdaptedLayer
 from pefttutor.parts.lowrank_layer import draw_factors
+from tests.lowrank.peers import assert_same_as_peft, lora_config, with_peft
 from tests.tiny import checkpointed
 
 F64 = torch.float64
@@ -27,74 +28,11 @@ F64 = torch.float64
 # ---- HF PEFT ----
 
 
-def with_peft(model, ours: LoRA):
-    """The same model adapted by HF PEFT, and its parameters under our names."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=ours.r,
-        lora_alpha=ours.lora_alpha,
-        target_modules=list(ours.target_modules),
-        lora_dropout=ours.lora_dropout,
-        use_rslora=ours.use_rslora,
-        modules_to_save=list(ours.modules_to_save) or None,
-    )
-    theirs = get_peft_model(copy.deepcopy(model), config)
-    names = {}
-    for name, parameter in theirs.named_parameters():
-        name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-        name = name.replace("lora_embedding_", "lora_").replace(".base_layer", "")
-        names[name.replace(".default.weight", "").replace(".default", "")] = parameter
-    return theirs, names
-
-
-def run(model, inputs):
-    """Logits, loss and the gradient that arrives at the input embeddings; leaves the others in `.grad`."""
-    seen = []
-
-    def keep(module, args, output):
-        if not output.requires_grad:
-            output.requires_grad_(True)
-        output.retain_grad()
-        seen.append(output)
-
-    handle = model.get_input_embeddings().register_forward_hook(keep)
-    result = model(**inputs)
-    handle.remove()
-    result.loss.backward()
-    return result.logits.detach(), result.loss.detach(), [output.grad for output in seen]
-
-
-def assert_same_as_peft(model, ours: LoRA, inputs, redraw):
-    adapted = ours.attach(copy.deepcopy(model))
-    theirs, their_parameters = with_peft(model, ours)
-    redraw(adapted)
-    own_parameters = dict(adapted.named_parameters())
-    assert set(trainable(adapted)) == {n for n, p in their_parameters.items() if p.requires_grad}
-    assert sum(trainable(adapted).values()) == theirs.get_nb_trainable_parameters()[0] == ours.count(model)
-    for name in trainable(adapted):
-        their_parameters[name].data.copy_(own_parameters[name].data)
-
-    logits, loss, inner = run(adapted, inputs)
-    expected_logits, expected_loss, expected_inner = run(theirs, inputs)
-    exact = {"rtol": 1e-10, "atol": 1e-12}
-    torch.testing.assert_close(logits, expected_logits, **exact)
-    torch.testing.assert_close(loss, expected_loss, **exact)
-    torch.testing.assert_close(inner, expected_inner, **exact)
-    for name, parameter in own_parameters.items():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().max() > 1e-8, f"{name}: a gradient of zero would prove nothing"
-            torch.testing.assert_close(parameter.grad, their_parameters[name].grad, **exact)
-        else:
-            assert parameter.grad is None
-            assert name not in their_parameters or their_parameters[name].grad is None
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_outputs_and_every_gradient_are_those_of_peft(tiny, batch, redraw, kind, targets, side):
+def test_outputs_and_every_gradient_are_those_of_peft(tiny, batch, kind, targets, side):
     ours = LoRA(r=3, lora_alpha=7, target_modules=targets)
     inputs = batch(kind, side=side, dtype=F64)
-    assert_same_as_peft(tiny(kind, dtype=F64), ours, inputs, redraw)
+    assert_same_as_peft(tiny(kind, dtype=F64), ours, lora_config(ours), inputs)
 
 
 @pytest.mark.parametrize(
@@ -107,29 +45,29 @@ def test_outputs_and_every_gradient_are_those_of_peft(tiny, batch, redraw, kind,
         ("bert", ("word_embeddings", "dense")),
     ],
 )
-def test_all_kinds_of_layers_are_those_of_peft(tiny, batch, redraw, kind, names):
+def test_all_kinds_of_layers_are_those_of_peft(tiny, batch, kind, names):
     ours = LoRA(r=2, lora_alpha=5, target_modules=names)
-    assert_same_as_peft(tiny(kind, dtype=F64), ours, batch(kind, dtype=F64), redraw)
+    assert_same_as_peft(tiny(kind, dtype=F64), ours, lora_config(ours), batch(kind, dtype=F64))
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("bert", ("classifier",)), ("llama", ("lm_head",))])
-def test_a_head_that_trains_fully_is_that_of_peft(tiny, batch, redraw, kind, heads):
+def test_a_head_that_trains_fully_is_that_of_peft(tiny, batch, kind, heads):
     names = {"bert": ("query",), "llama": ("q_proj",)}[kind]
     ours = LoRA(r=2, lora_alpha=5, target_modules=names, modules_to_save=heads)
-    assert_same_as_peft(tiny(kind, dtype=F64), ours, batch(kind, dtype=F64), redraw)
+    assert_same_as_peft(tiny(kind, dtype=F64), ours, lora_config(ours), batch(kind, dtype=F64))
 
 
-def test_rslora_scales_as_peft_does(tiny, batch, redraw):
+def test_rslora_scales_as_peft_does(tiny, batch):
     ours = LoRA(r=5, lora_alpha=7, use_rslora=True)
     assert ours.scaling == pytest.approx(7 / math.sqrt(5))
-    assert_same_as_peft(tiny("llama", dtype=F64), ours, batch("llama"), redraw)
+    assert_same_as_peft(tiny("llama", dtype=F64), ours, lora_config(ours), batch("llama"))
 
 
 def test_the_same_draws_give_the_dropout_of_peft(tiny, batch, redraw):
     ours = LoRA(r=3, lora_dropout=0.4)
     model = tiny("llama", dtype=F64)
     adapted = redraw(ours.attach(copy.deepcopy(model))).train()
-    theirs, parameters = with_peft(model, ours)
+    theirs, parameters = with_peft(model, lora_config(ours))
     for name, parameter in adapted.named_parameters():
         parameters[name].data.copy_(parameter.data)
     results = []
@@ -605,7 +543,7 @@ def test_an_attention_that_reads_past_its_layer_is_refused():
 
 
 def test_a_model_that_peft_has_adapted_is_not_adapted_again(tiny):
-    theirs, _ = with_peft(tiny("llama"), LoRA())
+    theirs, _ = with_peft(tiny("llama"), lora_config(LoRA()))
     with pytest.raises(
         ValueError, match=r"q_proj' can't be adapted: it is a peft\.tuners\.lora\.layer\.Linear"
     ):

@@ -9,7 +9,7 @@ from torch import nn
 from pefttutor import LoRA, LoRAFA, memory, merge, trainable
 from pefttutor.memory.measured import watch_saved
 from pefttutor.widgets.spectrum import updates
-from tests.lowrank.peers import assert_same_as_peft, drawn
+from tests.lowrank.peers import assert_same_as_peft, drawn, lora_config
 from tests.memory.models import batch_of, model_of
 
 F64 = torch.float64
@@ -21,12 +21,7 @@ F64 = torch.float64
     [("llama", ("q_proj", "down_proj")), ("gpt2", ("c_attn",)), ("bert", ("query", "dense"))],
 )
 def test_outputs_and_every_gradient_are_those_of_peft_with_a_frozen(tiny, batch, kind, names, dropout):
-    from peft import LoraConfig
-
     ours = LoRAFA(r=3, lora_alpha=7, target_modules=names, lora_dropout=dropout, use_rslora=True)
-    config = LoraConfig(
-        r=3, lora_alpha=7, target_modules=list(names), lora_dropout=dropout, use_rslora=True,
-    )  # fmt: skip
     base = tiny(kind, dtype=F64)
     drawn_A = {n: b for n, b in ours.attach(tiny(kind, dtype=F64)).named_buffers() if n.endswith("lora_A")}
 
@@ -38,7 +33,7 @@ def test_outputs_and_every_gradient_are_those_of_peft_with_a_frozen(tiny, batch,
                 parameter.data.copy_(drawn_A[key])
 
     inputs = batch(kind, side="left" if dropout else "right", dtype=F64)
-    assert_same_as_peft(base, ours, config, inputs, train=dropout > 0, prepare=freeze_A)
+    assert_same_as_peft(base, ours, lora_config(ours), inputs, train=dropout > 0, prepare=freeze_A)
 
 
 def test_a_is_a_buffer_that_is_drawn_as_loras_and_never_moves():

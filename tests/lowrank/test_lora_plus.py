@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import LoRAPlus, fit, trainable
-from tests.lowrank.peers import EXACT, drawn, run, with_peft
+from pefttutor import LoRA, LoRAPlus, fit, trainable
+from tests.lowrank.peers import EXACT, drawn, lora_config, run, with_peft
 
 F64 = torch.float64
 
@@ -18,14 +18,12 @@ F64 = torch.float64
     ("kind", "names"), [("llama", ("q_proj", "down_proj")), ("bert", ("query", "value"))]
 )
 def test_steps_are_those_of_pefts_optimizer(tiny, batch, kind, names):
-    from peft import LoraConfig
     from peft.optimizers import create_loraplus_optimizer
 
     ours = LoRAPlus(r=3, lora_alpha=7, target_modules=names, loraplus_lr_ratio=5)
     base, inputs = tiny(kind, dtype=F64), batch(kind, dtype=F64)
     model = drawn(ours.attach(copy.deepcopy(base)))
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=list(names))
-    theirs, parameters = with_peft(base, config)
+    theirs, parameters = with_peft(base, lora_config(ours))
     for name in trainable(model):
         parameters[name].data.copy_(model.get_parameter(name).data)
     mine = ours.optimizer(model, lr=0.01, weight_decay=0.1)
@@ -50,6 +48,10 @@ def test_everything_that_trains_is_in_one_group_and_only_b_of_linear_layers_is_f
     assert [names[id(p)] for p in fast["params"]] == ["up.lora_B"]
     assert {names[id(p)] for p in slow["params"]} == set(trainable(model)) - {"up.lora_B"}
     assert [(g["lr"], g["weight_decay"]) for g in (slow, fast)] == [(0.5, 0.25), (2.0, 0.25)]
+    LoRA(r=1, target_modules=("up",)).attach(model, name="beside")  # whose B has the common rate
+    slow, fast = method.optimizer(model, lr=0.5, weight_decay=0.25).param_groups
+    assert [id(p) for p in fast["params"]] == [id(model["up"].lora_B)]
+    assert len(slow["params"]) == len(trainable(model)) - 1
 
 
 def test_fit_takes_the_optimizer_and_its_first_step_is_so_much_longer():

@@ -13,20 +13,11 @@ from pefttutor.lowrank.pissa import principal_factors
 from pefttutor.memory.measured import watch_saved
 from pefttutor.parts.linear import dense_weight
 from pefttutor.widgets.spectrum import updates
-from tests.lowrank.peers import drawn, run, with_peft
+from tests.lowrank.peers import drawn, lora_config, run, with_peft
 from tests.memory.models import batch_of, model_of
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
-
-
-def config_of(ours: PiSSA):
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=ours.r, lora_alpha=ours.lora_alpha, target_modules=list(ours.target_modules), init_lora_weights="pissa",
-        lora_dropout=ours.lora_dropout,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -38,7 +29,7 @@ def test_start_outputs_and_every_gradient_are_those_of_peft(tiny, batch, kind, n
     """HF PEFT decomposes in float32 only, so its factors are taken over, and its residual is made again in float64."""
     ours = PiSSA(r=3, lora_alpha=7, target_modules=names, lora_dropout=dropout)
     base, inputs = tiny(kind), batch(kind, side="left" if dropout else "right", dtype=F64)
-    theirs, parameters = with_peft(base, config_of(ours))
+    theirs, parameters = with_peft(base, lora_config(ours, init_lora_weights="pissa"))
     adapted = ours.attach(copy.deepcopy(base))
     for part in attached(adapted)["default"].parts:
         A, B = (parameters[f"{part.path}.lora_{x}"].detach() for x in "AB")
@@ -72,6 +63,10 @@ def test_the_start_is_the_best_approximation_of_its_rank(dtype):
     torch.testing.assert_close(off.norm(), S[2:].norm())  # Eckart and Young
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-3, atol=1e-5)  # each has half of the strength
     assert A.dtype == torch.promote_types(dtype, torch.float32)
+    assert (
+        A.is_contiguous()
+    )  # LAPACK's own are column by column, and whoever flattens a parameter would stumble
+    assert B.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])

@@ -1,5 +1,6 @@
 """The callback inside transformers.Trainer does what fit does."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from pefttutor import LoRA
+from pefttutor import LoRA, LoRAPlus
 from pefttutor.data.batches import collate
 from pefttutor.train import callback, fit, lr_factor, step_indices
 from tests.tiny import language_examples, llama, weights
@@ -32,6 +33,7 @@ def train(
     accumulate: int = 1,
     max_grad_norm: float = 0.3,
     use: bool = True,
+    own_optimizer: bool = True,
 ) -> tuple[Any, TrainingArguments]:
     """Train with the Trainer on the examples that fit takes, in its order; returns the callback and the arguments."""
     data = language_examples(STEPS * BATCH * accumulate)
@@ -45,7 +47,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.01
     )
-    if hasattr(method, "optimizer"):
+    if own_optimizer and hasattr(method, "optimizer"):
         optimizer = method.optimizer(model, lr=LR, weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, STEPS, warmup=0.4, schedule="linear"))
     hooks = callback(method)
@@ -125,6 +127,21 @@ def test_a_methods_own_optimizer_goes_to_the_trainer(tmp_path: Path) -> None:
     expected = by_fit(model, Sgd())
     train(other, Sgd(), tmp_path)
     assert difference(weights(other), expected) < 1e-6
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_another_optimizer_than_the_methods_own_is_named(tmp_path: Path, ratio: float) -> None:
+    method = LoRAPlus(r=2, loraplus_lr_ratio=ratio)
+    model = method.attach(llama())
+    _, args = train(model, method, tmp_path)  # a warning would be an error here
+    named = pytest.warns(
+        UserWarning, match="LoRAPlus brings an optimizer of its own, and this Trainer has another"
+    )
+    with contextlib.nullcontext() if ratio == 1 else named:  # with 1 it is the very same
+        train(model, method, tmp_path, own_optimizer=False)
+    sgd = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.warns(UserWarning, match="this Trainer has another: give it optimizers="):
+        callback().on_train_begin(args, None, None, model=model, optimizer=sgd)
 
 
 def test_a_run_that_broke_off_does_not_lose_the_clipping(tmp_path: Path) -> None:
