@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,7 @@ class _Stream:
     cuts: bool
     now: tuple[Tensor, int, Tensor] | None = field(default=None, repr=False)
     embedded: bool = False
+    rank: ClassVar[int] = 0  # see `Hooked`: whatever else looks at a text's tokens sees the virtual ones, too
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"now": None}  # a copy is in no call
