@@ -192,6 +192,15 @@ def test_a_cache_that_was_filled_otherwise_is_refused():
             ValueError, match=r"holds 9 tokens, virtual ones among them, 4 more.*mask is \(1, 7\)"
         ):
             model(ids, attention_mask=torch.ones(1, 7).long(), **cache_of(model(ids, use_cache=True)))
+        written = model.generate(
+            ids, max_new_tokens=P - 1, min_new_tokens=P - 1, return_dict_in_generate=True
+        )
+        with pytest.raises(
+            ValueError, match=r"12 tokens.*6 more.*position_ids begin at 3: .* without a cache"
+        ):
+            model.generate(
+                torch.cat([written.sequences, ids[:, :1]], 1), **cache_of(written), max_new_tokens=2
+            )
 
 
 # ---- several side by side
