@@ -113,7 +113,7 @@ def test_a_padded_text_is_the_text_alone_on_either_side(kind, side):
 
 def test_an_encoders_pooled_token_is_the_texts_own_first_one():
     model, batch = adapted("bert"), tiny_batch("bert")
-    body = copy.deepcopy(model.bert)
+    body, kinds = copy.deepcopy(model.bert), torch.arange(9).ge(4).long().expand(3, 9)
     pt_rows = prompt_of(model)
     plain = tiny_model("bert").bert
     with torch.no_grad():
@@ -121,8 +121,9 @@ def test_an_encoders_pooled_token_is_the_texts_own_first_one():
             [pt_rows.expand(3, -1, -1), plain.embeddings.word_embeddings(batch["input_ids"])], 1
         )
         mask = torch.cat([torch.ones(3, P).long(), batch["attention_mask"]], 1)
-        states = plain(inputs_embeds=words, attention_mask=mask).last_hidden_state
-        found = body(batch["input_ids"], attention_mask=batch["attention_mask"])
+        both = torch.cat([torch.zeros(3, P).long(), kinds], 1)  # virtual tokens are of the first text
+        states = plain(inputs_embeds=words, attention_mask=mask, token_type_ids=both).last_hidden_state
+        found = body(batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=kinds)
         torch.testing.assert_close(found.last_hidden_state, states[:, P:])
         torch.testing.assert_close(found.pooler_output, plain.pooler(states[:, P:]))
 
