@@ -13,8 +13,9 @@ from pefttutor.memory.paper import FLOAT, Paper
 
 if TYPE_CHECKING:
     from pefttutor.memory.tape import Tape
+    from pefttutor.parts.network import Made
 
-__all__ = ["RULES", "Bare", "plain_rule", "run_alone", "trains"]
+__all__ = ["RULES", "Bare", "Making", "plain_rule", "run_alone", "trains"]
 
 _WIDTH = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -105,6 +106,22 @@ class Bare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class Making(nn.Module):
+    """What makes virtual tokens or a prefix of the parameters that train."""
+
+    def __init__(self, part: Made) -> None:
+        super().__init__()
+        self.maker = part.maker
+        for module, key in part.places.values():
+            self.register_parameter(key, module.get_parameter(key))
+
+    def extra_repr(self) -> str:
+        return repr(self.maker)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maker(self)
 
 
 def run_alone(tape: Tape, layer: nn.Module, x: Paper, kind: str) -> Paper:

@@ -9,6 +9,7 @@ Such a network makes training smoother. Once it has been trained, what it makes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -80,8 +81,8 @@ class Network:
         names = [name for name, _ in layers.named_parameters()]
         given: dict[str, Tensor] = {name: module.get_parameter(self._at(name)) for name in names}
         table = module.get_parameter(self._at("table"))
-        # Not in autocast's half, in which torch knows no LSTM on every processor.
-        with torch.autocast(table.device.type, enabled=False):
+        # Not in autocast's half, in which torch knows no LSTM on every processor. Without values there is no autocast.
+        with nullcontext() if table.is_meta else torch.autocast(table.device.type, enabled=False):
             made: Tensor = torch.func.functional_call(layers, given, (table[None],))[0]
         return made
 

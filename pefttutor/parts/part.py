@@ -58,6 +58,9 @@ class Part:
         """Take effect from now on, or don't: then the model computes as if this part had never been put in."""
         raise NotImplementedError
 
+    def in_turn(self) -> None:
+        """Act after what was attached before: all parts that take effect are asked, in the order of attaching."""
+
     def remove(self) -> None:
         """Take out of the model all that was put in. The part is switched off already."""
         raise NotImplementedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class _Stream:
     body: Any = field(default=None, repr=False)
     real: Any = field(default=None, repr=False)
     made: Tensor | None = field(default=None, repr=False)
+    rank: ClassVar[int] = 2  # see `Hooked`: whatever writes onto the call's cache gets that one
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"body": None, "real": None, "made": None}  # a copy is in no call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,11 @@ PreHook = Callable[[nn.Module, Any, Any], Any]  # (module, args, kwargs) → (ar
 
 
 class Hooked(Part):
-    """Hooks before some modules' forward; they hold no module themselves, so that a copied model is free."""
+    """Hooks before some modules' forward; they hold no module themselves, so that a copied model is free.
+
+    In a module the hooks of a lower `rank` come first, those of one rank in the order of attaching, and what is done
+    after the forward comes the other way round.
+    """
 
     def __init__(
         self, hooks: Iterable[tuple[nn.Module, PreHook]], after: Iterable[tuple[nn.Module, Any]] = ()
@@ -47,21 +51,39 @@ class Hooked(Part):
 
     def switch(self, on: bool) -> None:
         for module, hook in self.hooks:
-            present = [key for key, other in module._forward_pre_hooks.items() if other is hook]
-            if on and not present:
-                module.register_forward_pre_hook(hook, with_kwargs=True)
-            for key in present if not on else ():
-                del module._forward_pre_hooks[key]
+            before: Any = module._forward_pre_hooks
+            for key in [key for key, other in before.items() if other is hook]:
+                del before[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+            if on:
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+                for key in _later(before, hook):
+                    before.move_to_end(key)
         for module, hook in self.after:
-            present = [key for key, other in module._forward_hooks.items() if other is hook]
-            if on and not present:
+            after: Any = module._forward_hooks
+            for key in [key for key, other in after.items() if other is hook]:
+                del after[key]
+            if on:
                 module.register_forward_hook(hook, prepend=True)  # the last to come in is the first to go out
-            for key in present if not on else ():
-                del module._forward_hooks[key]
+                for key in reversed(_later(after, hook)):
+                    after.move_to_end(key, last=False)
+
+    def in_turn(self) -> None:
+        self.switch(True)
 
     def remove(self) -> None:
         self.switch(False)
+
+
+def _later(hooks: Mapping[int, Any], hook: Any) -> list[int]:
+    """The keys of the hooks that have a higher rank than this one."""
+    return [key for key, other in hooks.items() if _rank(other) > _rank(hook) >= 0]
+
+
+def _rank(hook: Any) -> int:
+    """As its owner says: 0 makes a text longer, 1 looks at all its tokens, 2 hides its cache. −1: a foreign hook, which
+    stays where it is."""
+    return getattr(getattr(hook, "__self__", None), "rank", -1)
 
 
 def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

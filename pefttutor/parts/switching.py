@@ -22,6 +22,8 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
 
     train: which of them train when the model is trained next; None lets all of them.
 
+    They act in the order in which they were attached, whatever the order of the names, and of earlier switches.
+
     >>> from pefttutor import LoRA, trainable
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> for name in ("german", "bank"):
@@ -50,6 +52,8 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
         _switch(attachment, False)
     for attachment in [a for a in changing if a in chosen]:
         _switch(attachment, True)
+    for part in [part for a in carried.by_name.values() if a.active and changing for part in a.parts]:
+        part.in_turn()
     for attachment in chosen:
         attachment.trains = attachment.name in learning
     carried.apply(model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,7 @@ class _Stream:
     cuts: bool
     now: tuple[Tensor, int, Tensor] | None = field(default=None, repr=False)
     embedded: bool = False
+    rank: ClassVar[int] = 0  # see `Hooked`: whatever else looks at a text's tokens sees the virtual ones, too
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"now": None}  # a copy is in no call
@@ -172,10 +173,16 @@ class _Stream:
                 "this cache was filled without the virtual tokens, which stand before a text: compute its beginning "
                 "with the adapted model too."
             )
-        if mask is not None and mask.shape[1] + to_come != int(cache.get_seq_length()) + n:
+        # How long it takes the text to be: without a mask it is only seen where its first token here stands.
+        positions, known, held = named.get("position_ids"), None, int(cache.get_seq_length())
+        if mask is not None:
+            known, said = mask.shape[1], f"the mask is {tuple(mask.shape)}"
+        elif positions is not None:
+            known, said = int(positions[0, 0]) + n, f"position_ids begin at {int(positions[0, 0])}"
+        if known is not None and known + to_come != held + n:
             raise ValueError(
-                f"the cache holds {int(cache.get_seq_length())} tokens, virtual ones among them, {n} more came, and "
-                f"the mask is {tuple(mask.shape)}: don't take a text's length from the cache."
+                f"the cache holds {held} tokens, virtual ones among them, {n} more came, and {said}: don't take a "
+                "text's length from the cache, as a second generate with it does; give that the text without a cache."
             )
         return True
 

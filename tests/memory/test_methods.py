@@ -1,5 +1,7 @@
 """Methods against measurement: those that say nothing, those that do, and those that can't be followed."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -154,6 +156,26 @@ def test_what_makes_the_virtual_tokens_is_counted_with_its_moments():
     estimated = memory.estimate(model, method, **OPTIONS)
     assert estimated.trained == method.count(model) == 10 * 96 + 46 * 96**2 + 35 * 96
     assert estimated.optimizer == 8 * estimated.trained
+
+
+MADE = [
+    (pefttutor.PTuning(num_virtual_tokens=10), {"encoder": "none"}),
+    (pefttutor.PTuning(num_virtual_tokens=10, encoder="mlp"), {"encoder": "none"}),
+    (pefttutor.PrefixTuning(num_virtual_tokens=10, prefix_projection=True), {"prefix_projection": False}),
+]
+
+
+@pytest.mark.parametrize(("method", "without"), MADE, ids=["lstm", "relu", "tanh"])
+def test_what_the_network_keeps_that_makes_the_virtual_tokens_is_counted(method, without):
+    """In float64, of which oneDNN has no kernel of its own."""
+    sizes = []
+    for each in (method, dataclasses.replace(method, **without)):
+        model = model_of("llama", dtype=torch.float64)
+        estimated = memory.estimate(model, each, **OPTIONS)
+        measured = held(each.attach(model), batch_of("llama", 2, 24))
+        sizes.append((sum(estimated.activations.values()), measured))
+    (more, seen), (less, seen_less) = sizes
+    assert more - less == seen - seen_less > 0
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 import transformers as hf
 from torch import nn
 
+import pefttutor as pt
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.streams import Hooked, hidden_states, reader, seen_before, token_ids
+from tests.cases import answer
 from tests.pictures import differences, picture
 from tests.tiny import bert, llama_classifier, made, tiny_batch, tiny_model
 
@@ -213,3 +216,51 @@ def test_what_goes_between_blocks_is_seen_by_the_outer_model_and_the_body_alike(
     model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
     assert seen == ["block"] * 4
     part.remove()
+
+
+# ---- several on one body
+
+STREAMS = {
+    "prompt": lambda: pt.PromptTuning(num_virtual_tokens=3),
+    "prefix": lambda: pt.PrefixTuning(num_virtual_tokens=4),
+    "special": lambda: pt.PASTA(special_token_ids=(1, 5, 9)),
+}
+
+
+def carrying(*names: str) -> nn.Module:
+    model = tiny_model("llama")
+    for name in names:
+        STREAMS[name]().attach(model, name=name)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(STREAMS, 2)), ids="-".join)
+def test_the_order_in_which_two_kinds_are_attached_or_switched_changes_nothing(pair):
+    batch, said = tiny_batch("llama", side="left"), []
+    batch["input_ids"][:, 6:] = torch.tensor([5, 8, 9])
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    for order in (pair, pair[::-1]):
+        model = carrying(*order)
+        said.append(answer(model, batch))
+        pt.switch(model, order[1])
+        assert not torch.equal(answer(model, batch), said[0])
+        pt.switch(model, *order)
+        said.append(answer(model, batch))
+        torch.testing.assert_close(said, said[:1] * len(said))
+        written = [
+            model.generate(**prompt, use_cache=use_cache, max_new_tokens=4, min_new_tokens=4)
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(*written)
+
+
+def test_a_hook_of_ones_own_stays_before_what_is_attached_later():
+    model, seen = tiny_model("llama"), []
+    model.model.register_forward_pre_hook(lambda body, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    pt.PromptTuning(num_virtual_tokens=3).attach(model)
+    pt.switch(pt.switch(model), "default")(**tiny_batch("llama"))
+    assert seen[-1]["input_ids"].shape == (3, 9)

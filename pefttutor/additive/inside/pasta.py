@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,7 @@ class _Numbers:
     number: Tensor | None = None  # (batch, seq)
     # How many special tokens each text has had after this call.
     before: Tensor | None = field(default=None, repr=False)  # (batch)
+    rank: ClassVar[int] = 1  # see `Hooked`: after virtual tokens, which its blocks get too
 
     def note(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the body runs: find the special tokens of this batch. Padding is no special token."""

@@ -113,7 +113,7 @@ def test_a_padded_text_is_the_text_alone_on_either_side(kind, side):
 
 def test_an_encoders_pooled_token_is_the_texts_own_first_one():
     model, batch = adapted("bert"), tiny_batch("bert")
-    body = copy.deepcopy(model.bert)
+    body, kinds = copy.deepcopy(model.bert), torch.arange(9).ge(4).long().expand(3, 9)
     pt_rows = prompt_of(model)
     plain = tiny_model("bert").bert
     with torch.no_grad():
@@ -121,8 +121,9 @@ def test_an_encoders_pooled_token_is_the_texts_own_first_one():
             [pt_rows.expand(3, -1, -1), plain.embeddings.word_embeddings(batch["input_ids"])], 1
         )
         mask = torch.cat([torch.ones(3, P).long(), batch["attention_mask"]], 1)
-        states = plain(inputs_embeds=words, attention_mask=mask).last_hidden_state
-        found = body(batch["input_ids"], attention_mask=batch["attention_mask"])
+        both = torch.cat([torch.zeros(3, P).long(), kinds], 1)  # virtual tokens are of the first text
+        states = plain(inputs_embeds=words, attention_mask=mask, token_type_ids=both).last_hidden_state
+        found = body(batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=kinds)
         torch.testing.assert_close(found.last_hidden_state, states[:, P:])
         torch.testing.assert_close(found.pooler_output, plain.pooler(states[:, P:]))
 
@@ -192,6 +193,15 @@ def test_a_cache_that_was_filled_otherwise_is_refused():
             ValueError, match=r"holds 9 tokens, virtual ones among them, 4 more.*mask is \(1, 7\)"
         ):
             model(ids, attention_mask=torch.ones(1, 7).long(), **cache_of(model(ids, use_cache=True)))
+        written = model.generate(
+            ids, max_new_tokens=P - 1, min_new_tokens=P - 1, return_dict_in_generate=True
+        )
+        with pytest.raises(
+            ValueError, match=r"12 tokens.*6 more.*position_ids begin at 3: .* without a cache"
+        ):
+            model.generate(
+                torch.cat([written.sequences, ids[:, :1]], 1), **cache_of(written), max_new_tokens=2
+            )
 
 
 # ---- several side by side
@@ -205,9 +215,8 @@ def test_two_prompts_are_one_after_the_other_and_can_be_switched():
     rows = [model.transformer.get_parameter(f"prompt@{name}").detach() for name in ("german", "bank")]
     for active in (("german", "bank"), ("bank",), ("bank", "german")):
         pt.switch(model, *active)
+        # Switched on again, "german" is the first as before.
         chosen = [row for row, name in zip(rows, ("german", "bank"), strict=True) if name in active]
-        # Switched on again, "german" comes last.
-        chosen = chosen[::-1] if active == ("bank", "german") else chosen
         one = PromptTuning(num_virtual_tokens=sum(map(len, chosen))).attach(base("gpt2"), torch.cat(chosen))
         torch.testing.assert_close(answer(model, batch), answer(one, batch))
 

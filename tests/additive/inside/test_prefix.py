@@ -170,6 +170,7 @@ def test_a_cache_holds_the_text_alone_and_a_text_in_two_parts_is_the_text_in_one
         first = model(ids[:, :4], use_cache=True)
         (cache,) = cache_of(first).values()
         assert cache.get_seq_length() == 4
+        assert model.base_model(ids[:, :4], use_cache=True, return_dict=False)[1].get_seq_length() == 4
         assert all("Prefixed" not in type(layer).__name__ for layer in cache.layers)
         second = model(ids[:, 4:], **cache_of(first)).logits
         (plain,) = cache_of(tiny_model(kind)(ids, use_cache=True)).values()
