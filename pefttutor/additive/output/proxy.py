@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.method import DEFAULT, attaching
+from pefttutor.method import DEFAULT, attached, attaching
 from pefttutor.parts.beside import caches_beside, carry, check_call, places, run_beside, vocabulary
 from pefttutor.parts.settings import check_number
 from pefttutor.parts.streams import Hooked, cache_made, named_arguments, seen_before
@@ -70,6 +70,13 @@ class ProxyTuning:
         Raises: ValueError if the name is in use or the three don't fit. The model is then as it was.
         """
         _check(expert, anti_expert, model)
+        there = [part for a in attached(model).values() for part in a.parts if isinstance(part, _Steered)]
+        steering = [other for part in there for other in part.steer.others] + [expert, anti_expert]
+        if there and any(other is model for other in steering):
+            raise ValueError(
+                "one of two ProxyTunings on this model has the model itself for M⁻ or M⁺, which would speak as already "
+                "steered by the other: give it a copy from before attaching, copy.deepcopy(model)."
+            )
         with attaching(model, self, name) as new:
             steer = _Steer(self.alpha, name, (expert, anti_expert))
             new.add(_Steered([(model, steer.note)], after=[(model, steer.add)]))

@@ -427,3 +427,21 @@ def test_a_mask_that_is_made_for_a_cache_of_a_fixed_length_is_refused():
 def test_a_strength_is_a_number():
     with pytest.raises(ValueError, match="alpha is nan; it must be a number"):
         ProxyTuning(alpha=float("nan"))
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_two_proxies_add_up_unless_one_takes_the_model_for_its_own(own_first):
+    """The model's logits are steered by then."""
+    base, one, two, three = (tiny_model("llama", seed=seed) for seed in range(4))
+    pairs = [(one, base), (two, three)]
+    steered = copy.deepcopy(base)
+    tokens = torch.tensor([[5, 6, 7]])
+    for name, (plus, minus) in zip("ab", pairs, strict=True):
+        ProxyTuning(alpha=0.5).attach(steered, plus, minus, name=name)
+    s, p, m, q, n = (model(tokens).logits for model in (base, one, base, two, three))
+    torch.testing.assert_close(steered(tokens).logits, s + 0.5 * (p - m) + 0.5 * (q - n), **CLOSE)
+    first, second = pairs if own_first else pairs[::-1]
+    ProxyTuning().attach(base, *first, name="a")
+    with pytest.raises(ValueError, match="has the model itself for"):
+        ProxyTuning().attach(base, *second, name="b")
+    assert list(attached(base)) == ["a"]
