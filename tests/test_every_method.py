@@ -129,6 +129,17 @@ def test_an_attached_method_starts_as_the_base_bit_for_bit(name, kind):
     assert not torch.equal(said(name, kind), base_answer(kind))
 
 
+@cells("llama")
+@pytest.mark.parametrize("without", [torch.inference_mode, torch.no_grad], ids=["inference", "no_grad"])
+def test_attached_where_gradients_are_switched_off_it_trains_elsewhere(name, kind, without):
+    model = fresh(kind)
+    with without():
+        attach(name, kind, model)
+    assert not any(p.is_inference() for p in model.parameters())
+    if name not in TRAINS_NOTHING:
+        assert gradients(model, loss_of(model, batch_of(kind)))
+
+
 @cells()
 def test_exactly_that_trains_which_the_closed_formula_says(name, kind):
     model, method = attached_to(name, kind), CASES[name].make(kind)

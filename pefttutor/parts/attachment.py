@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pefttutor.parts.checkpointing import open_to_checkpointing
@@ -156,13 +157,13 @@ def attaching(model: nn.Module, method: Any, name: str = DEFAULT) -> Iterator[At
     """What every `attach` does around its own work: the block gets an empty attachment and adds its parts to it.
 
     When the block is done, all is frozen but for what the attachments that learn train. When it fails, the model is
-    as it was.
+    as it was. What is made within torch.inference_mode could never be trained, so it is left for the block.
 
     Raises: ValueError for a name that is taken or can't be one, or if nothing would train.
     """
     before = attachments(model)
     _check_name(before, name)
-    with restored_on_error(model):
+    with torch.inference_mode(False), restored_on_error(model):
         carried = before or Attachments(
             {},
             _described(model),

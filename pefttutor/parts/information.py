@@ -88,6 +88,8 @@ def fisher_information(
     return {name: value.div_(len(chosen)) for name, value in total.items()}
 
 
+@torch.inference_mode(mode=False)  # gradients are needed here, whatever the caller has switched off
+@torch.enable_grad()
 def total_gradient(
     model: nn.Module,
     examples: Sequence[Any],
