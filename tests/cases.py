@@ -331,6 +331,8 @@ STARTS_OTHERWISE = {
     "PromptTuning": "the model reads other words",
     "ProxyTuning": "it steers at once",
 }
+# Refuse a cache of fixed length.
+ITS_OWN_CACHES = ("PrefixTuning", "ProxyTuning", "PromptTuning", "PTuning")
 TRAINS_NOTHING = (
     "ProxyTuning",
 )  # what it adds are other models, as they are: no gradient, no step and no file

@@ -29,6 +29,7 @@ from tests.cases import (
     DECODERS,
     HEAD_WEIGHTS,
     HEADS,
+    ITS_OWN_CACHES,
     LEARNS_STATISTICS,
     LOOKED_AT,
     NO_SLOPE,
@@ -437,6 +438,18 @@ def test_generating_with_a_cache_says_the_same_as_without(name, kind, monkeypatc
     with_cache, without = texts
     assert torch.equal(with_cache.sequences, without.sequences)
     torch.testing.assert_close(with_cache.logits, without.logits, rtol=1e-4, atol=1e-4)
+
+
+@cells("llama")
+def test_a_cache_of_fixed_length_says_the_same_or_is_refused_with_what_to_leave_out(name, kind):
+    inputs = {key: value for key, value in batch_of(kind, "left").items() if key != "labels"}
+    model, how = looked_at(name, kind), {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 2}
+    if name in ITS_OWN_CACHES:
+        with pytest.raises(ValueError, match="leave cache_implementation out"):
+            model.generate(**inputs, **how, cache_implementation="static")
+        return
+    found = model.generate(**inputs, **how, cache_implementation="static")
+    assert torch.equal(found, model.generate(**inputs, **how))
 
 
 # ---- a head beside it

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pefttutor.parts.cached_attention import Form, cache_key
 from pefttutor.parts.network import Made, Maker
 from pefttutor.parts.prefix_cache import empty, real_one, with_prefix
-from pefttutor.parts.streams import CACHES, Hooked, named_arguments, seen_before
+from pefttutor.parts.streams import CACHES, MADE_FOR_A_CACHE, Hooked, named_arguments, seen_before
 
 __all__ = ["Prefix", "prefixed"]
 
@@ -88,7 +88,8 @@ class _Stream:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise ValueError(
                     f"a prefix lengthens attention_mask, which is {type(mask).__name__} "
-                    f"{tuple(getattr(mask, 'shape', ()))}; expected a value for each token, (batch, seq)."
+                    f"{tuple(getattr(mask, 'shape', ()))}; expected a value for each token, (batch, seq). "
+                    + MADE_FOR_A_CACHE
                 )
             named["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.count), mask], 1)
             if positions is None and decodes and "position_ids" in inspect.signature(body.forward).parameters:

@@ -15,6 +15,7 @@ from pefttutor.parts.blocks import blocks
 from pefttutor.parts.part import Part
 
 __all__ = [
+    "MADE_FOR_A_CACHE",
     "Hooked",
     "cache_made",
     "hidden_states",
@@ -26,6 +27,10 @@ __all__ = [
 ]
 
 CACHES = ("past_key_values", "cache_params", "cache")  # what models call it
+# Why generate hands a mask that isn't (batch, seq), for whoever has to refuse it.
+MADE_FOR_A_CACHE = (
+    "One that generate has made for a cache of fixed length is not: leave cache_implementation out."
+)
 
 PreHook = Callable[[nn.Module, Any, Any], Any]  # (module, args, kwargs) → (args, kwargs) or None
 

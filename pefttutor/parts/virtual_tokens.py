@@ -19,7 +19,15 @@ from pefttutor.data.trial import ordinary, trial
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.called import own_tokens
 from pefttutor.parts.network import Itself, Made, Maker, Network
-from pefttutor.parts.streams import Hooked, cache_made, named_arguments, reader, seen_before, token_table
+from pefttutor.parts.streams import (
+    MADE_FOR_A_CACHE,
+    Hooked,
+    cache_made,
+    named_arguments,
+    reader,
+    seen_before,
+    token_table,
+)
 from pefttutor.parts.weaving import cut_to, woven
 
 __all__ = ["VirtualTokens", "put_before", "reading_body"]
@@ -239,5 +247,6 @@ def _check_known(named: dict[str, Any], batch: int, n: int) -> None:
         if other or not known:
             raise ValueError(
                 f"virtual tokens: it isn't known what they have of {key}, {type(value).__name__} {tuple(shape or ())}; "
-                f"expected {', '.join(EXTENDED)} with a value for each token, and nothing else of the kind."
+                f"expected {', '.join(EXTENDED)} with a value for each token, and nothing else of the kind. "
+                + (MADE_FOR_A_CACHE if key == "attention_mask" else "")
             )
