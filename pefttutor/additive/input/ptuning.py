@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.network import Itself, Network, settle
+from pefttutor.parts.placeholders import put_in_places
 from pefttutor.parts.settings import check_choice, check_names, check_number, check_whole
 from pefttutor.parts.streams import token_table
 from pefttutor.parts.virtual_tokens import put_before
@@ -43,15 +45,18 @@ class PTuning:
     encoder_hidden_size: the width h inside of it, of each direction; None is d. The authors' code for LAMA has d / 2.
     encoder_num_layers, encoder_dropout: of the LSTM.
     modules_to_save: modules that train fully and are saved along, such as a new head ("score", "classifier").
+    placeholder_token_id: None puts the virtual tokens before each text. The id of a token puts them where this token
+        stands, anywhere in a template: each text has it P times, and no text gets longer. One after these is a word.
     init_seed: fixes what is drawn, whatever the device.
 
-    The model sees the virtual tokens as with `PromptTuning`. In the paper's experiments on SuperGLUE the model itself
-    is trained as well; here it is frozen, as in those on LAMA.
+    Before a text, the model sees the virtual tokens as with `PromptTuning`. In the paper's experiments on SuperGLUE the
+    model itself is trained as well; here it is frozen, as in those on LAMA.
 
     Shapes: table (P, d), P (P, d), d the width of the token embeddings.
     Cost: it trains P d + 46 d² + 35 d values with an LSTM of h = d, P d + 3 (d² + d) with an MLP (`count`); once
         dropped, P d are left. The encoder runs once a step, not once a text.
-    Raises: ValueError for a model that reads no tokens; in a call, for a cache that was filled without the prompt.
+    Raises: ValueError for a model that reads no tokens; in a call, for a cache that was filled without the prompt,
+        and for a text that has the placeholder less than P times.
     Source: Liu et al. 2021, arXiv:2103.10385, section 2.2. The three layers of the MLP, and heads of width 2 h, are
         those of HF PEFT; the authors' have two layers, and 2 h → h.
     """
@@ -62,6 +67,7 @@ class PTuning:
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
     modules_to_save: Collection[str] = ()
+    placeholder_token_id: int | None = None
     init_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ class PTuning:
             check_whole(self, "encoder_hidden_size")
         check_whole(self, "encoder_num_layers")
         check_number(self, "encoder_dropout", least=0, below=1)
+        if self.placeholder_token_id is not None:
+            check_whole(self, "placeholder_token_id", least=0)
         check_whole(self, "init_seed", least=0)
         check_names(self, "modules_to_save")
 
@@ -86,7 +94,7 @@ class PTuning:
             make: Itself | Network = network
             if self.encoder == "none":
                 make, tensors = Itself(key), {key: next(iter(tensors.values()))}
-            for part in put_before(model, self.num_virtual_tokens, make, tensors, note=key, what=BEFORE):
+            for part in self._parts(model, key, make, tensors):
                 new.add(part)
             for part in train_fully(model, (), self.modules_to_save):
                 new.add(part)
@@ -108,6 +116,16 @@ class PTuning:
             self.num_virtual_tokens * width
             if self.encoder == "none"
             else self._network(width, DEFAULT).count()
+        )
+
+    def _parts(
+        self, model: nn.Module, key: str, make: Itself | Network, tensors: dict[str, Tensor]
+    ) -> list[Any]:
+        count, token = self.num_virtual_tokens, self.placeholder_token_id
+        if token is None:
+            return put_before(model, count, make, tensors, note=key, what=BEFORE)
+        return put_in_places(
+            model, count, make, tensors, placeholder=token, what="PTuning stands among a text's"
         )
 
     def _network(self, width: int, name: str) -> Network:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import pefttutor as pt
 from pefttutor import PTuning
 from tests.cases import answer, gradients, moved
 from tests.pictures import differences, tensors
-from tests.tiny import same, tiny_batch, tiny_model, weights
+from tests.tiny import made, same, tiny_batch, tiny_model, weights
 
 P, WIDTH, HIDDEN = 4, 24, 7
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
@@ -135,3 +136,113 @@ def test_what_is_drawn_is_fixed_by_the_seed_and_nobody_elses_numbers_are_drawn()
 def test_settings_that_make_no_sense_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         PTuning(**settings)
+
+
+# ---- anywhere in a template
+
+PLACE = 96  # an ordinary token of the tiny models
+
+
+def template(kind: str) -> dict[str, torch.Tensor]:
+    """The batch's texts with P places each, somewhere among their tokens; no other token is the placeholder."""
+    batch = tiny_batch(kind, side="left" if kind == "gpt2" else "right")
+    ids = batch["input_ids"]
+    ids[ids == PLACE] = 5
+    for row, places in enumerate(([1, 3, 4, 8], [0, 2, 3, 5], [0, 1, 2, 3])):
+        ids[row, batch["attention_mask"][row].nonzero().flatten()[places]] = PLACE
+    batch["input_ids"] = ids
+    assert (ids == PLACE).sum(1).tolist() == [P] * 3
+    return batch
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp", "none"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_among_a_text_outputs_and_gradients_are_those_of_embeddings_put_there(kind, encoder):
+    method = PTuning(
+        num_virtual_tokens=P, encoder=encoder, encoder_hidden_size=HIDDEN, placeholder_token_id=PLACE
+    )
+    model, batch = moved(method.attach(tiny_model(kind))), template(kind)
+    mine = model(**batch)
+    found = gradients(model, mine.loss)
+    assert set(found) == set(pt.trainable(model))
+    part = pt.attached(model)["default"].parts[0]
+    body, plain = next(iter(part.places.values()))[0], tiny_model(kind)
+    virtual, ids = part.maker(body), batch.pop("input_ids")
+    rows = plain.get_input_embeddings()(ids).detach().clone()
+    rows[ids == PLACE] = virtual.repeat(3, 1)
+    theirs = plain(inputs_embeds=rows, **batch)
+    torch.testing.assert_close(mine.logits, theirs.logits)
+    torch.testing.assert_close(found, gradients(model, theirs.loss), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_places_before_a_text_are_virtual_tokens_before_it(kind):
+    before, among = (
+        moved(PTuning(num_virtual_tokens=P, placeholder_token_id=token).attach(tiny_model(kind)))
+        for token in (None, PLACE)
+    )
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
+    placed = torch.cat([torch.full((2, P), PLACE), ids], 1)
+    torch.testing.assert_close(before(input_ids=ids).logits, among(input_ids=placed).logits[:, P:])
+    how = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    written = among.generate(input_ids=placed, attention_mask=torch.ones_like(placed), **how)
+    assert torch.equal(
+        written[:, P:], before.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+    )
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_placeholder_that_the_model_writes_is_a_word(use_cache):
+    model = moved(PTuning(num_virtual_tokens=P, placeholder_token_id=PLACE).attach(tiny_model("llama")))
+    ids = torch.tensor([[PLACE] * P + [7, 8]])
+
+    def writes_it(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([PLACE]), 0.0)
+
+    how = {"do_sample": False, "max_new_tokens": 3, "logits_processor": [writes_it], "use_cache": use_cache}
+    texts = model.generate(ids, output_logits=True, return_dict_in_generate=True, **how)
+    rows = tiny_model("llama").get_input_embeddings()(texts.sequences[:, :-1])
+    part = pt.attached(model)["default"].parts[0]
+    rows = torch.cat([part.maker(model.model)[None], rows[:, P:]], 1)
+    expected = tiny_model("llama")(inputs_embeds=rows).logits[:, P + 1 :]
+    torch.testing.assert_close(torch.stack(texts.logits, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_among_a_text_it_is_saved_dropped_and_taken_out_like_before_it(tmp_path):
+    method = PTuning(num_virtual_tokens=P, placeholder_token_id=PLACE)
+    model, batch = moved(method.attach(tiny_model("llama"))), template("llama")
+    expected = answer(model, batch)
+    pt.save(method.drop_encoder(model), tmp_path)
+    assert pt.adapted(model).placeholder_token_id == PLACE
+    assert torch.equal(answer(pt.load(tiny_model("llama"), tmp_path), batch), expected)
+    assert not torch.equal(answer(pt.detach(model), batch), expected)
+    assert differences(tensors(tiny_model("llama")), tensors(model)) == []
+
+
+def test_texts_without_their_places_are_refused():
+    model = PTuning(num_virtual_tokens=P, placeholder_token_id=PLACE).attach(tiny_model("llama"))
+    batch = template("llama")
+    batch["input_ids"][1] = 5
+    with pytest.raises(ValueError, match=r"the token 96 stands .* \[4, 0, 4\] times; expected 4 in each"):
+        model(**batch)
+    with pytest.raises(ValueError, match="give it input_ids, not inputs_embeds"):
+        model(inputs_embeds=torch.zeros(1, 3, WIDTH))
+    plain = tiny_model("llama")
+    with pytest.raises(
+        ValueError, match="placeholder_token_id is 97; expected one of the 97 tokens of this model"
+    ):
+        PTuning(placeholder_token_id=97).attach(plain)
+    assert pt.attached(plain) == {}
+
+
+def test_a_state_space_models_cache_goes_on_behind_the_places():
+    config = hf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    method = PTuning(num_virtual_tokens=P, placeholder_token_id=PLACE)
+    model = moved(method.attach(made(hf.MambaForCausalLM, config)))
+    ids = torch.tensor([[5, 96, 6, 96, 96, 96, 7]])
+    texts = [model.generate(ids, use_cache=use, do_sample=False, max_new_tokens=4) for use in (True, False)]
+    assert torch.equal(*texts)
+    with pytest.raises(ValueError, match=r"\[3\] times; expected 4 in each"):
+        model.generate(ids[:, 2:], use_cache=True, do_sample=False, max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"\[0\] times; expected 4 in each"):
+        model.generate(ids[:, -1:], use_cache=True, do_sample=False, max_new_tokens=4)
