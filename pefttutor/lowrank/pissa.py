@@ -20,28 +20,12 @@ from torch.nn import functional as F
 from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.linear import dense_weight
-from pefttutor.parts.lowrank_layer import LowRank
+from pefttutor.parts.lowrank_layer import LowRank, principal_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 
 __all__ = ["PiSSA", "principal_factors"]
 
 A_START, B_START = "lora_A_start", "lora_B_start"
-
-
-def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B with scaling · B A the best approximation of rank r to the weight; at least in float32.
-
-    >>> A, B = principal_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), r=2, scaling=0.5)
-    >>> (0.5 * B @ A).diag().round(decimals=4)
-    tensor([3., 2., 0.])
-
-    Shapes: (out, in) → (r, in), (out, r). Cost: a singular value decomposition, out·in·min(out, in).
-    Source: Meng et al. 2024, arXiv:2404.02948, eq. 2 and 3.
-    """
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-    root = (S[:r] / scaling).sqrt()
-    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

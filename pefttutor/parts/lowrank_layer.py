@@ -21,7 +21,7 @@ from pefttutor.parts.attachment import added_key
 from pefttutor.parts.layer_change import Compute, LayerChange
 from pefttutor.parts.linear import sizes, transposed
 
-__all__ = ["LowRank", "draw_factors"]
+__all__ = ["LowRank", "draw_factors", "principal_factors"]
 
 
 def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,22 @@ def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[
         return torch.zeros(r, n_in, device="cpu"), B
     A = nn.init.kaiming_uniform_(torch.empty(r, n_in, device="cpu"), a=math.sqrt(5), generator=generator)
     return A, torch.zeros(n_out, r, device="cpu")
+
+
+def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B with scaling · B A the best approximation of rank r to the weight; at least in float32.
+
+    >>> A, B = principal_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), r=2, scaling=0.5)
+    >>> (0.5 * B @ A).diag().round(decimals=4)
+    tensor([3., 2., 0.])
+
+    Shapes: (out, in) → (r, in), (out, r). Cost: a singular value decomposition, out·in·min(out, in).
+    Source: Eckart and Young 1936; PiSSA's start: Meng et al. 2024, arXiv:2404.02948, eq. 2 and 3.
+    """
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    root = (S[:r] / scaling).sqrt()
+    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
 class LowRank(LayerChange):

@@ -24,7 +24,7 @@ from pefttutor.parts.attachment import base_of
 from pefttutor.parts.entries import saved_choice, train_entries
 from pefttutor.parts.fingerprint import check_base
 from pefttutor.parts.modules import find_modules
-from pefttutor.parts.restoring import restored_on_error
+from pefttutor.saving.contents import filled, savable
 from pefttutor.saving.files import write_atomically
 
 __all__ = ["description", "load", "save"]
@@ -47,22 +47,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
     Raises: ValueError if there is no such attachment, several and no name, or one that trains nothing; RuntimeError if
         it is merged into the weights, or switched off.
     """
-    attachment = find(model, name)
-    if attachment.merged:
-        raise RuntimeError(
-            "this model is merged, so its base weights aren't the base's any more: "
-            "save before pefttutor.merge(model), or call pefttutor.unmerge(model) first."
-        )
-    if not attachment.active:
-        raise RuntimeError(
-            f"{attachment.name!r} is switched off, so the model holds other values: pefttutor.switch(model, "
-            f"{attachment.name!r}) first."
-        )
+    attachment = savable(model, name)
     tensors = attachment.tensors(model)
-    if not tensors:
-        raise ValueError(
-            f"{attachment.name!r} ({type(attachment.method).__name__}) trains nothing, so there is nothing to save."
-        )
     text = json.dumps(description(model, attachment.name), indent=1)
     on_cpu = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder = Path(folder)
@@ -119,15 +105,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAUL
     _check_twin(path, about)
     method = _method(about, path)
     check_base(base_of(model, without=tensors), about["base"])
-    with restored_on_error(model):
-        _attach(model, _resolved(method, tensors, model), tensors, name)
-        attachment = find(model, name)
-        fresh = attachment.tensors(model)
-        _check_tensors(fresh, tensors, path)
-    for key, tensor in fresh.items():
-        tensor.copy_(tensors[key])
-    for part in attachment.parts:
-        part.loaded()
+    resolved = _resolved(method, tensors, model)
+    attachment = filled(
+        model, name, lambda: _attach(model, resolved, tensors, name), lambda fresh: tensors, path
+    )
     attachment.method = method
     return model
 
@@ -192,22 +173,6 @@ def _method(description: dict[str, Any], path: Path) -> Method:
         return known[name](**description["fields"])
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} has a description that doesn't fit {name}: {error}") from error
-
-
-def _check_tensors(expected: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in saved]
-    problems += [f"{name} is too much" for name in saved if name not in expected]
-    for name in [name for name in expected if name in saved]:
-        needed, read = expected[name], saved[name]
-        if needed.shape != read.shape:
-            problems.append(f"{name} has the shape {tuple(read.shape)}, not {tuple(needed.shape)}")
-        elif needed.is_floating_point() != read.is_floating_point():
-            problems.append(f"{name} is of {read.dtype}, not of {needed.dtype}")
-        elif read.is_floating_point() and not read.isfinite().all():
-            problems.append(f"{name} holds NaN or infinity")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path} doesn't hold what its method needs: {'; '.join(problems[:3])}{more}.")
 
 
 def _check_twin(path: Path, description: dict[str, Any]) -> None:
