@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from pefttutor.parts.information import fisher_information as fisher_information
     from pefttutor.saving.adapters import load as load
     from pefttutor.saving.adapters import save as save
+    from pefttutor.saving.peft_files import from_peft as from_peft
+    from pefttutor.saving.peft_files import to_peft as to_peft
     from pefttutor.selective import *  # noqa: F403
     from pefttutor.train import History as History
     from pefttutor.train import callback as callback
@@ -54,9 +56,11 @@ _FUNCTIONS = {
     ),
     "CachedPrefix": "parts.cached_prefix",
     "fisher_information": "parts.information",
+    "from_peft": "saving.peft_files",
     "load": "saving.adapters",
     "diagnose": "diagnosis",
     "save": "saving.adapters",
+    "to_peft": "saving.peft_files",
     "History": "train",
     "callback": "train",
     "evaluate": "train",
