@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pefttutor.parts.information import fisher_information as fisher_information
     from pefttutor.saving.adapters import load as load
     from pefttutor.saving.adapters import save as save
+    from pefttutor.saving.as_lora import as_lora as as_lora
     from pefttutor.saving.peft_files import from_peft as from_peft
     from pefttutor.saving.peft_files import to_peft as to_peft
     from pefttutor.selective import *  # noqa: F403
@@ -55,6 +56,7 @@ _FUNCTIONS = {
         ("adapted", "attached", "detach", "freeze", "merge", "switch", "trainable", "unmerge"), "method"
     ),
     "CachedPrefix": "parts.cached_prefix",
+    "as_lora": "saving.as_lora",
     "fisher_information": "parts.information",
     "from_peft": "saving.peft_files",
     "load": "saving.adapters",
