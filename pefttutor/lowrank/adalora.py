@@ -177,14 +177,19 @@ class AdaLoRA:
                 part.learn_importance(self.beta1, self.beta2)
         due = step >= self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
         if (due and step < fixed_from) or step == fixed_from:
-            scores = torch.cat([part.scores().to(counter.device) for part in parts])
-            kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-            kept[scores.topk(self.budget(step, len(parts))).indices] = True
-            for part, mask in zip(parts, kept.split(self.init_r), strict=True):
-                part.held(KEPT).copy_(mask)
+            self._give_out(parts, torch.cat([part.scores().to(counter.device) for part in parts]), step)
         if due or step >= fixed_from:
             for part in parts:
                 part.cut()
+
+    def _give_out(self, parts: list[Triplets], scores: Tensor, step: int) -> None:
+        """The budget's triplets of the highest scores; a loaded adapter that has learned none keeps what it has."""
+        if not scores.any():
+            return
+        kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        kept[scores.topk(self.budget(step, len(parts))).indices] = True
+        for part, mask in zip(parts, kept.split(self.init_r), strict=True):
+            part.held(KEPT).copy_(mask)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the budget has come down to its target, and if not, why."""

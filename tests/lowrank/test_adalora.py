@@ -298,6 +298,17 @@ def test_what_was_learned_of_the_ranks_is_saved_and_the_importance_is_not(tmp_pa
     assert sum(method.ranks(trained(method, 8, again)).values()) == 2
 
 
+@pytest.mark.parametrize("tfinal", [0, 5])
+def test_a_loaded_one_that_knows_no_importance_keeps_the_ranks_that_were_given_out(tmp_path, tfinal):
+    method = AdaLoRA(init_r=3, target_r=1, total_step=20, tfinal=tfinal, target_modules=LAYERS)
+    model = trained(method, 20 - tfinal)
+    model[0].lora_kept.copy_(torch.tensor([False, False, True]))
+    model[1].lora_kept.copy_(torch.tensor([False, True, True]))
+    save(model, tmp_path)
+    again = trained(method, 1, load(detach(copy.deepcopy(model)), tmp_path))
+    assert [layer.lora_kept.tolist() for layer in again] == [layer.lora_kept.tolist() for layer in model]
+
+
 def test_a_training_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
     base, examples = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 6)), [{"x": x} for x in torch.randn(12, 5)]
     method = AdaLoRA(init_r=3, target_r=1, total_step=8, tfinal=2, target_modules=LAYERS)
