@@ -5,6 +5,8 @@ import pytest
 from pefttutor import check
 from pefttutor.check import (
     ex02_answers,
+    ex05_answers,
+    ex05_blocks,
     ex08_answers,
     ex09_answers,
     ex10_answers,
@@ -19,6 +21,10 @@ MISTAKES = {
     check.ex02_1: ex02_answers.STATIC_MISTAKES,
     check.ex02_2: ex02_answers.FEED_FORWARD_MISTAKES,
     check.ex02_3: ex02_answers.CACHE_MISTAKES,
+    check.ex05_1: ex05_answers.BOTTLENECK_MISTAKES,
+    check.ex05_2: ex05_answers.SUBLAYER_MISTAKES,
+    check.ex05_3: ex05_blocks.COUNT_MISTAKES,
+    check.ex05_4: ex05_blocks.DROP_MISTAKES,
     check.ex08_1: ex08_answers.NAMES_MISTAKES,
     check.ex08_2: ex08_answers.MASKS_MISTAKES,
     check.ex08_3: ex08_answers.STEP_MISTAKES,

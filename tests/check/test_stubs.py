@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from pefttutor import check
 from pefttutor.check.core import CORRECT, NOT_ATTEMPTED
@@ -19,6 +20,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 REFERENCES = {
     "00": ("count_parameters", "train_only", "token_accuracy"),
     "02": ("static_bytes", "feed_forward_bytes", "kv_cache_bytes"),
+    "05": ("Bottleneck", "adapted_sublayer", "adapter_count", "for_all_tasks"),
     "08": ("bias_names", "smallest_masks", "masked_step"),
     "09": ("true_fisher", "squared_gradients", "fish_masks"),
     "10": ("masked_gradients", "share_outside", "masked_adamw", "paired"),
@@ -45,8 +47,8 @@ def posed(number: str) -> Callable[..., Any]:
         if cell["cell_type"] != "code" or f'NotImplementedError("exercise {number}")' not in source:
             continue
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name == EXERCISES[number]:
-                there: dict[str, Any] = {}
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == EXERCISES[number]:
+                there: dict[str, Any] = {"nn": nn}  # what a class is made of
                 exec(f"from __future__ import annotations\n{ast.unparse(node)}", there)
                 return there[node.name]
     raise AssertionError(f"{path.name} has no stub {EXERCISES[number]} that raises for exercise {number}")
