@@ -127,6 +127,11 @@ def of_lora_fa(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {name: size for name, size in of_lora(kind, base, method).items() if name.endswith("lora_B")}
 
 
+def of_vera(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind]).items()
+    return {f"{n}.vera_lambda_{x}": size for n, (_, o) in found for x, size in (("b", o), ("d", method.r))}
+
+
 def of_ia3(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     targets, fed = KEYS_AND_FED[kind]
     on_input = layers(base, fed)
@@ -298,6 +303,7 @@ CASES = {
         lambda kind, base, _: sum(-(-size // 3) for size in list(sizes(base).values())[::3]),
         every_third,
     ),
+    "VeRA": Case(lambda kind: pt.VeRA(r=5, target_modules=TARGETS[kind]), of_vera),
 }  # fmt: skip
 
 # ---- what a method can't do, and with which error it says so: by architecture, or by what is asked of it

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 import pefttutor
 from pefttutor.catalog import methods
+from pefttutor.parts.linear import sizes
 from pefttutor.parts.sublayers import sublayers
 from tests.architectures import ARCHITECTURES, BATCHES, FAMILIES, Architecture
 from tests.cases import CANNOT, STARTS_OTHERWISE, TRAINS_NOTHING
+from tests.formulas import FORMULAS, USED
 
 # ---- how a method is set up on an architecture
 
@@ -62,7 +64,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         ),
         **{
             name: lambda: SetUp(kind(r=2, target_modules=targets))
-            for name in ("DoRA", "LoRAFA", "LoRAPlus", "PiSSA")
+            for name in ("DoRA", "LoRAFA", "LoRAPlus", "PiSSA", "VeRA")
         },
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
@@ -264,6 +266,12 @@ class ByHand:
                     made[weight] = made[weight] * (
                         magnitude / norm if turned else (magnitude / norm)[:, None]
                     )
+            elif key in FORMULAS:
+                formula, keys = FORMULAS[key]
+                given = {each: leaves[f"{path}.{each}"] for each in keys if f"{path}.{each}" in leaves}
+                n_in, n_out = sizes(base.get_submodule(path))
+                delta = formula(given, n_in, n_out, method, model)
+                made[weight] = W[weight] + (delta.t() if turned else delta)
             elif key == "ia3_l":
                 on_input = path.endswith(tuple(method.feedforward_modules))
                 made[weight] = W[weight] * (leaf if on_input != turned else leaf[:, None])
@@ -289,7 +297,7 @@ class ByHand:
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
             elif key.startswith("adapter_"):
                 adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
-            elif key not in ("lora_B", "lora_E", "lora_magnitude_vector") and ending not in (
+            elif key not in ("lora_B", "lora_E", "lora_magnitude_vector", *USED) and ending not in (
                 "alpha",
                 "start",
                 "group",
@@ -822,7 +830,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{
         name: {_NOT_LINEAR: ("ResNet",)}
-        for name in ("AdaLoRA", "Adapter", "DoRA", "IA3", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA")
+        for name in ("AdaLoRA", "Adapter", "DoRA", "IA3", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "VeRA")
     },
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(

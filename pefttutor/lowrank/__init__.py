@@ -6,5 +6,6 @@ from pefttutor.lowrank.lora import LoRA
 from pefttutor.lowrank.lora_fa import LoRAFA
 from pefttutor.lowrank.lora_plus import LoRAPlus
 from pefttutor.lowrank.pissa import PiSSA
+from pefttutor.lowrank.vera import VeRA
 
-__all__ = ["AdaLoRA", "DoRA", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA"]
+__all__ = ["AdaLoRA", "DoRA", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "VeRA"]

@@ -60,7 +60,7 @@ class PiSSA:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        check_lowrank(self, seeded=False)
+        check_lowrank(self, seed=None)
 
     @property
     def scaling(self) -> float:

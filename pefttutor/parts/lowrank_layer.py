@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from pefttutor.kernels.lora_linear import lora_linear
 from pefttutor.parts.attachment import added_key
-from pefttutor.parts.layer_change import Compute, LayerChange
-from pefttutor.parts.linear import sizes, transposed
+from pefttutor.parts.layer_change import Compute
+from pefttutor.parts.linear import sizes
+from pefttutor.parts.weight_delta import WeightDelta
 
-__all__ = ["LowRank", "draw_factors", "principal_factors"]
+__all__ = ["Factored", "LowRank", "as_in_linear", "draw_factors", "principal_factors"]
 
 
 def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -35,8 +36,7 @@ def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[
     if isinstance(layer, nn.Embedding):
         B = torch.empty(n_out, r, device="cpu").normal_(generator=generator)
         return torch.zeros(r, n_in, device="cpu"), B
-    A = nn.init.kaiming_uniform_(torch.empty(r, n_in, device="cpu"), a=math.sqrt(5), generator=generator)
-    return A, torch.zeros(n_out, r, device="cpu")
+    return as_in_linear((r, n_in), generator), torch.zeros(n_out, r, device="cpu")
 
 
 def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -55,75 +55,41 @@ def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, T
     return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
-class LowRank(LayerChange):
+def as_in_linear(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Drawn as the weight of an `nn.Linear`: uniform in ±1/√columns; on the CPU."""
+    return nn.init.kaiming_uniform_(torch.empty(shape, device="cpu"), a=math.sqrt(5), generator=generator)
+
+
+class Factored(WeightDelta):
     """y = f(x) + s · drop(x) Aᵀ Bᵀ          x (…, in) → y (…, out); for an embedding y = f(i) + s · A[:, i]ᵀ Bᵀ
 
-    Cost: r · (in + out) values and 2·r·(in + out) FLOPs a token; nothing once folded.
+    A kind of it says `factors`, and has their width `r`.
+
+    Cost: 2·r·(in + out) FLOPs a token; nothing once folded.
     """
 
-    additive = True
     fused = True  # whether it is added into the layer's own product where it can be
-    stored = True  # whether the factors are the very tensors that are held; else they are made of more at each call
-
-    def __init__(
-        self,
-        path: str,
-        layer: nn.Module,
-        name: str,
-        factors: tuple[Tensor, Tensor],
-        *,
-        scaling: float,
-        dropout: float = 0.0,
-        train_A: bool = True,
-        beside: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """factors: A and B as they start. train_A: else A is a buffer. beside: more tensors, by their key; parameters
-        train, others are buffers.
-        """
-        self.scaling, self.dropout, self.r = scaling, dropout, factors[0].shape[0]
-        self.keys = added_key("lora_A", name), added_key("lora_B", name)
-        self.transposed, self.words = transposed(layer), isinstance(layer, nn.Embedding)
-        weight = next(iter(layer.parameters()), next(iter(layer.buffers()), factors[0]))
-        # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
-        given = weight.dtype if weight.is_floating_point() else torch.float32
-        dtype = torch.promote_types(given, torch.float32)
-        A, B = factors
-        tensors = {"lora_A": nn.Parameter(A) if train_A else A, "lora_B": nn.Parameter(B), **(beside or {})}
-        added = {}
-        for key, tensor in tensors.items():
-            placed = tensor.detach().to(weight.device, dtype if tensor.is_floating_point() else tensor.dtype)
-            added[added_key(key, name)] = nn.Parameter(placed) if isinstance(tensor, nn.Parameter) else placed
-        super().__init__(path, layer, name, added)
+    r: int
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r). It is asked in every step."""
-        layer, (A, B) = self.layer, self.keys
-        return getattr(layer, A), getattr(layer, B)
-
-    def held(self, key: str) -> Tensor:
-        """One of the tensors that this change has added to the layer."""
-        return getattr(self.layer, added_key(key, self.name))
+        raise NotImplementedError
 
     def describe(self) -> str:
         return f"{self.name}: r={self.r}, scaling={self.scaling:g}, merged={self.folded}"
 
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self.layer
-        A, B = self.factors
         shared = own and self.plain and not (self.words or self.drops)
         if shared and (weight := layer.weight).is_floating_point():
             weight = weight.t() if self.transposed else weight
-            return lora_linear(x, weight, layer.bias, A, B, self.scaling)
+            return lora_linear(x, weight, layer.bias, *self.factors, self.scaling)
         # The two branches see different inputs, or the layer's own is computed by other code: nothing to share.
-        y = inner(x, *args, **kwargs)
-        low_rank = self.branch(F.dropout(x, self.dropout) if self.drops else x, A, B)
-        return y + (self.scaling * low_rank).to(y.dtype)
+        return super().forward(inner, own, x, *args, **kwargs)
 
-    @property
-    def drops(self) -> bool:
-        """Whether the low-rank branch sees a part of its input at the moment; words aren't dropped."""
-        return self.dropout > 0 and not self.words and self.layer.training
+    def product(self, x: Tensor) -> Tensor:
+        return self.branch(x, *self.factors)
 
     def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """x Aᵀ Bᵀ, or for words A[:, i]ᵀ Bᵀ. Shapes: (…, in) → (…, out)."""
@@ -134,17 +100,10 @@ class LowRank(LayerChange):
         rows = F.embedding(x, A.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
         return F.linear(rows, B)
 
-    def touched(self) -> list[Tensor]:
-        weight = self.layer._parameters.get("weight")
-        return [] if weight is None else [weight]
-
     def delta(self) -> Tensor:
         """ΔW = s · B A, at least in float32. Shapes: → (out, in)."""
         A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors)
         return self.scaling * (B @ A)
-
-    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.delta().to(weight.dtype), bias
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
         """x Aᵀ is kept, and where A trains x; with dropout also a mask and a changed copy of x.
@@ -171,3 +130,34 @@ class LowRank(LayerChange):
             for factor in (A, B):
                 tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
         return x.like(width=n_out, grad=True)
+
+
+class LowRank(Factored):
+    """The change of a layer whose A and B are held as they are, for r · (in + out) values."""
+
+    stored = True
+
+    def __init__(
+        self,
+        path: str,
+        layer: nn.Module,
+        name: str,
+        factors: tuple[Tensor, Tensor],
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        train_A: bool = True,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """factors: A and B as they start. train_A: else A is a buffer. beside: more tensors, by their key."""
+        A, B = factors
+        self.r = len(A)
+        self.keys = added_key("lora_A", name), added_key("lora_B", name)
+        tensors = {"lora_A": nn.Parameter(A) if train_A else A, "lora_B": nn.Parameter(B), **(beside or {})}
+        super().__init__(path, layer, name, tensors, scaling=scaling, dropout=dropout)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r). It is asked in every step."""
+        layer, (A, B) = self.layer, self.keys
+        return getattr(layer, A), getattr(layer, B)
