@@ -34,6 +34,11 @@ from tests.formulas import FORMULAS, USED
 
 # ---- how a method is set up on an architecture
 
+# Methods of a rank and linear layers, set up and refused as LoRA is.
+LIKE_LORA = (
+    "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SetUp:
@@ -62,10 +67,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "AdaLoRA": lambda: SetUp(
             kind(init_r=3, target_r=2, total_step=2, target_modules=targets, init_seed=1)
         ),
-        **{
-            name: lambda: SetUp(kind(r=2, target_modules=targets))
-            for name in ("DoRA", "LoRAFA", "LoRAPlus", "PiSSA", "VeRA")
-        },
+        **{name: lambda: SetUp(kind(r=2, target_modules=targets)) for name in LIKE_LORA},
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
@@ -253,8 +255,8 @@ class ByHand:
             if name in W:
                 made[name] = leaf
             elif key == "lora_A":
-                lambdas = leaves.get(f"{path}.lora_E")
-                scaling = method.scaling if lambdas is None else method.lora_alpha / method.init_r
+                lambdas = leaves.get(f"{path}.lora_E", leaves.get(f"{path}.lora_gate"))
+                scaling = method.scaling
                 delta = scaling * leaves[f"{path}.lora_B"] @ (leaf if lambdas is None else lambdas * leaf)
                 start = [leaves.get(f"{path}.lora_{factor}_start") for factor in "BA"]
                 if start[0] is not None:
@@ -297,7 +299,13 @@ class ByHand:
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
             elif key.startswith("adapter_"):
                 adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
-            elif key not in ("lora_B", "lora_E", "lora_magnitude_vector", *USED) and ending not in (
+            elif key not in (
+                "lora_B",
+                "lora_E",
+                "lora_gate",
+                "lora_magnitude_vector",
+                *USED,
+            ) and ending not in (
                 "alpha",
                 "start",
                 "group",
@@ -828,10 +836,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         **_NO_TEXT,
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
-    **{
-        name: {_NOT_LINEAR: ("ResNet",)}
-        for name in ("AdaLoRA", "Adapter", "DoRA", "IA3", "LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "VeRA")
-    },
+    **{name: {_NOT_LINEAR: ("ResNet",)} for name in ("AdaLoRA", "Adapter", "IA3", "LoRA", *LIKE_LORA)},
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(
             name for name, kind in ARCHITECTURES.items() if not kind.generates

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
+from pefttutor.parts.attachment import added_key
 from pefttutor.parts.part import Key, Part, hold, let_go
 
-__all__ = ["Added"]
+__all__ = ["Added", "step_counter"]
 
 
 class Added(Part):
@@ -46,3 +48,9 @@ class Added(Part):
     def remove(self) -> None:
         for module, key in self.places.values():
             let_go(module, key)
+
+
+def step_counter(model: nn.Module, key: str, name: str) -> Added:
+    """A number in the model, 0 at first, in which a method counts its steps across calls of `fit`."""
+    counter = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+    return Added([(model, "", added_key(key, name), counter)])

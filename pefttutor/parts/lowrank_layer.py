@@ -106,7 +106,8 @@ class Factored(WeightDelta):
         return self.scaling * (B @ A)
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """x Aᵀ is kept, and where A trains x; with dropout also a mask and a changed copy of x.
+        """x Aᵀ is kept, where A trains x, and factors that are made of others; with dropout also a mask and a changed
+        copy of x.
 
         x is (tokens, in), or ids for an embedding.
         """
@@ -119,16 +120,21 @@ class Factored(WeightDelta):
                 tape.save(x, kind)
             tape.save(x.like(width=self.r, itemsize=A.element_size(), grad=True), kind)
             return x.like(width=n_out, itemsize=layer.weight.element_size(), grad=True)
+        made = [factor for factor in (A, B) if factor.grad_fn is not None]
         if self.fused and not self.dropout:
             if A.requires_grad:
                 tape.save(x, kind)
             tape.save(x.like(width=self.r), kind)
+            for factor in made:
+                size = factor.element_size()
+                tape.save(x.like(rows=factor.shape[0], width=factor.shape[1], itemsize=size), kind)
             return x.like(width=n_out, grad=True)
         narrow = tape.linear(tape.dropout(x, self.dropout), self.r, kind, weight=A.requires_grad)
         tape.linear(narrow, n_out, kind, weight=True)
         if A.element_size() != x.itemsize:  # the factors, rounded to the dtype of x
-            for factor in (A, B):
-                tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
+            made = [A, B]
+        for factor in made:
+            tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
         return x.like(width=n_out, grad=True)
 
 

@@ -75,12 +75,16 @@ def assert_same_as_peft(
     train: bool = False,
     prepare: Callable[[Any], None] = lambda theirs: None,
     theirs_on: nn.Module | None = None,
+    called: Mapping[str, str] | None = None,
     **within: float,
 ) -> None:
     """Outputs and every gradient, with the weights copied. train: in training mode, with the same random draws.
-    prepare: what has still to be done to the other library's model. theirs_on: the base that it gets, if another."""
+    prepare: what has still to be done to the other library's model. theirs_on: the base that it gets, if another.
+    called: what we call its tensors, by the ends of their names there."""
     adapted = drawn(ours.attach(copy.deepcopy(model))).train(train)
     theirs, their_parameters = with_peft(theirs_on or model, config)
+    for ending, ours_for_it in (called or {}).items():
+        their_parameters = {n.replace(ending, ours_for_it): p for n, p in their_parameters.items()}
     prepare(theirs.train(train))
     own = dict(adapted.named_parameters())
     trains = set(trainable(adapted))
