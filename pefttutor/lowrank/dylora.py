@@ -101,10 +101,12 @@ class DyLoRA:
 
         name: of the attachment, where there are several.
 
-        Raises: ValueError for a rank that isn't among 1 … r, and without such an attachment; RuntimeError if it is
-            merged.
+        Raises: ValueError for a rank that isn't among 1 … r, and without an attachment of this method; RuntimeError if
+            it is merged.
         """
         attachment = find(model, name)
+        if attachment.method != self:
+            raise ValueError(f"{attachment.name!r} is {attachment.method}, and not this method, {self}.")
         if attachment.merged:
             raise RuntimeError(
                 f"{attachment.name!r} is merged with the rank it had: pefttutor.unmerge(model) first."

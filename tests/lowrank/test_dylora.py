@@ -167,6 +167,8 @@ def test_what_it_refuses_leaves_the_model_as_it_was():
         method.use_rank(model, 1)
     assert differences(before, picture(model)) == []
     method.attach(model)
+    with pytest.raises(ValueError, match=r"'default' is DyLoRA\(r=3, .*, and not this method, DyLoRA\(r=4"):
+        DyLoRA(r=4, target_modules=("0",)).use_rank(model, 4)
     for wrong in (0, 4, True, 1.0):
         with pytest.raises(ValueError, match=rf"rank is {wrong}; it must be a whole number from 1 to r, 3"):
             method.use_rank(model, wrong)
