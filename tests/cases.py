@@ -151,6 +151,14 @@ def of_sora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return of_lora(kind, base, method) | {f"{n}.lora_gate": method.r for n in layers(base, TARGETS[kind])}
 
 
+def of_lotr(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind])
+    shared = {
+        f"lotr_{x}_{o}x{i}": method.r * size for i, o in found.values() for x, size in (("L", o), ("R", i))
+    }
+    return shared | {f"{n}.lotr_M": method.r**2 for n in found}
+
+
 def of_melora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {name.replace("lora", "melora"): size for name, size in of_lora(kind, base, method).items()}
 
@@ -294,6 +302,9 @@ CASES = {
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
+    "DeltaLoRA": Case(
+        lambda kind: pt.DeltaLoRA(r=2, lora_alpha=3, start_steps=2, target_modules=TARGETS[kind]), of_lora
+    ),
     "DiffPruning": Case(lambda kind: pt.DiffPruning(), of_diff_pruning),
     "DoRA": Case(lambda kind: pt.DoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_dora),
     "DyLoRA": Case(lambda kind: pt.DyLoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
@@ -317,6 +328,7 @@ CASES = {
     "LoRA": Case(lambda kind: pt.LoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "LoRAFA": Case(lambda kind: pt.LoRAFA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora_fa),
     "LoRAPlus": Case(lambda kind: pt.LoRAPlus(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "LoTR": Case(lambda kind: pt.LoTR(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lotr),
     "MELoRA": Case(lambda kind: pt.MELoRA(r=2, n=2, lora_alpha=3, target_modules=TARGETS[kind]), of_melora),
     "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
     "MiLoRA": Case(lambda kind: pt.MiLoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
@@ -333,6 +345,9 @@ CASES = {
     ),
     "PromptTuning": Case(lambda kind: pt.PromptTuning(num_virtual_tokens=3), of_prompt),
     "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
+    "ReLoRA": Case(  # without a merge: what that writes has tests of its own
+        lambda kind: pt.ReLoRA(r=2, lora_alpha=3, reset_every=100, target_modules=TARGETS[kind]), of_lora
+    ),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),
         lambda kind, base, m: sum(max(1, int(m.fraction * size)) for size in sizes(base).values()),

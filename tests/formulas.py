@@ -40,6 +40,11 @@ def melora(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> 
     return method.lora_alpha / method.r * delta
 
 
+def lotr(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    L, R = (t[f"lotr_{x}_{n_out}x{n_in}"] for x in "LR")
+    return method.lora_alpha / method.r * L @ t["lotr_M"] @ R
+
+
 def mora(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
     """Entry by entry: of which entries of M a feature of the output gets how much of one of the input."""
     M = t["mora_M"]
@@ -66,6 +71,7 @@ LOKR = tuple(f"lokr_w{i}{x}" for i in (1, 2) for x in ("", "_a", "_b"))
 FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "vera_lambda_b": (vera, ("vera_lambda_b", "vera_lambda_d")),
     "hada_w1_a": (loha, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+    "lotr_M": (lotr, ("lotr_M",)),
     "melora_A": (melora, ("melora_A", "melora_B")),
     "mora_M": (mora, ("mora_M",)),
     **dict.fromkeys(("lokr_w1", "lokr_w1_a"), (lokr, LOKR)),

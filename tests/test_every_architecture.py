@@ -36,8 +36,10 @@ from tests.formulas import FORMULAS, USED
 
 # Methods of a rank and linear layers, set up and refused as LoRA is.
 LIKE_LORA = (
-    "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
+    "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
 )  # fmt: skip
+# Tensors that are met in the formula of another one.
+IN_ANOTHERS = {"lora_B", "lora_E", "lora_gate", "lora_magnitude_vector", "lora_update_ratio", *USED}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
             kind(init_r=3, target_r=2, total_step=2, target_modules=targets, init_seed=1)
         ),
         **{name: lambda: SetUp(kind(r=2, target_modules=targets)) for name in LIKE_LORA},
+        "DeltaLoRA": lambda: SetUp(kind(r=2, start_steps=1, target_modules=targets)),
+        "ReLoRA": lambda: SetUp(kind(r=2, reset_every=2, target_modules=targets)),
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
@@ -253,7 +257,7 @@ class ByHand:
             weight, bias = f"{path}.weight", f"{path}.bias"
             turned = type(base.get_submodule(path)).__name__ in ("Conv1D", "Embedding")  # stored as (in, out)
             if name in W:
-                made[name] = leaf
+                made.setdefault(name, leaf)  # of ReLoRA the weight with what is added to it is there already
             elif key == "lora_A":
                 lambdas = leaves.get(f"{path}.lora_E", leaves.get(f"{path}.lora_gate"))
                 scaling = method.scaling
@@ -271,6 +275,7 @@ class ByHand:
             elif key in FORMULAS:
                 formula, keys = FORMULAS[key]
                 given = {each: leaves[f"{path}.{each}"] for each in keys if f"{path}.{each}" in leaves}
+                given |= {each: shared for each, shared in leaves.items() if "." not in each}
                 n_in, n_out = sizes(base.get_submodule(path))
                 delta = formula(given, n_in, n_out, method, model)
                 made[weight] = W[weight] + (delta.t() if turned else delta)
@@ -289,6 +294,8 @@ class ByHand:
                     (leaves[f"{full}_{gate}"].sigmoid() * 3 - 1.5).clamp(0, 1) for gate in ("alpha", "group")
                 ]
                 made[full] = W[full] + z[0] * z[1] * leaf
+            elif key.startswith(("lotr_L", "lotr_R")):
+                pass  # shared: see the layers' own
             elif key == "special":
                 vectors[path] = leaf
             elif key == "prompt":
@@ -299,18 +306,7 @@ class ByHand:
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
             elif key.startswith("adapter_"):
                 adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
-            elif key not in (
-                "lora_B",
-                "lora_E",
-                "lora_gate",
-                "lora_magnitude_vector",
-                *USED,
-            ) and ending not in (
-                "alpha",
-                "start",
-                "group",
-                "norms",
-            ):
+            elif key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms"):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
         return cls(leaves, made, vectors, adapters, prompt, prefix)
 
@@ -836,7 +832,10 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         **_NO_TEXT,
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
-    **{name: {_NOT_LINEAR: ("ResNet",)} for name in ("AdaLoRA", "Adapter", "IA3", "LoRA", *LIKE_LORA)},
+    **{
+        name: {_NOT_LINEAR: ("ResNet",)}
+        for name in ("AdaLoRA", "Adapter", "DeltaLoRA", "IA3", "LoRA", "ReLoRA", *LIKE_LORA)
+    },
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(
             name for name, kind in ARCHITECTURES.items() if not kind.generates
