@@ -113,7 +113,8 @@ class Factored(WeightDelta):
         """
         if layer is not self.layer:
             return None
-        A, B = self.factors
+        with torch.enable_grad():  # what is made has a history, whatever mode the caller is in
+            A, B = self.factors
         n_out = B.shape[0]
         if isinstance(layer, nn.Embedding):
             if A.requires_grad:

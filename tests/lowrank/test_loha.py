@@ -70,6 +70,8 @@ def test_the_estimate_is_what_autograd_keeps(kind, dtype):
     model, method = model_of(kind, dtype=dtype), LoHa(r=4, target_modules=names)
     options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
     estimated = memory.estimate(model, method, **options)
+    with torch.no_grad():
+        assert memory.estimate(model, method, **options) == estimated
     method.attach(model)
     with watch_saved(model.train()) as saved:
         model(**batch_of(kind, 2, 24, dtype)).loss.backward()
