@@ -39,7 +39,7 @@ class DyLoRA:
 
     >>> method = DyLoRA(r=3)
     >>> [method.drawn_rank(step) for step in range(8)]
-    [3, 2, 3, 1, 1, 1, 3, 2]
+    [1, 2, 3, 1, 3, 3, 3, 3]
 
     r: the largest rank. lora_alpha: the strength; a rank b has the scale lora_alpha / b.
     frozen: whether a step trains the b-th direction alone, as in the released scripts; else all b.

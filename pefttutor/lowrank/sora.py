@@ -32,8 +32,8 @@ GATE = "lora_gate"
 def soft_threshold(values: Tensor, by: float) -> Tensor:
     """sign(v) · max(|v| − by, 0): the proximal operator of by · |v|.
 
-    >>> soft_threshold(torch.tensor([-3.0, -0.5, 0.5, 1.5]), by=1.0)
-    tensor([-2.0000,  0.0000,  0.0000,  0.5000])
+    >>> soft_threshold(torch.tensor([-3.0, 0.5, 1.0, 4.0]), by=1.0)
+    tensor([-2.,  0.,  0.,  3.])
     """
     return F.softshrink(values, by)
 
