@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.from_start import FromStart, singular_factors
-from pefttutor.parts.linear import dense_weight
+from pefttutor.parts.from_start import FromStart, factors_of
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 
 __all__ = ["MiLoRA"]
@@ -69,7 +68,7 @@ class MiLoRA:
             add_lowrank(
                 new,
                 model,
-                lambda layer: singular_factors(dense_weight(layer), slice(-self.r, None), self.scaling),
+                lambda layer: factors_of(layer, slice(-self.r, None), self.scaling),
                 FromStart,
             )
         return model

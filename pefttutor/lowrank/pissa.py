@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.from_start import FromStart, singular_factors
-from pefttutor.parts.linear import dense_weight
+from pefttutor.parts.from_start import FromStart, factors_of
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 
 __all__ = ["PiSSA"]
@@ -71,7 +70,7 @@ class PiSSA:
             add_lowrank(
                 new,
                 model,
-                lambda layer: singular_factors(dense_weight(layer), slice(self.r), self.scaling),
+                lambda layer: factors_of(layer, slice(self.r), self.scaling),
                 FromStart,
             )
         return model

@@ -14,37 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pefttutor.parts.layer_change import Compute
-from pefttutor.parts.lowrank_layer import LowRank
+from pefttutor.parts.linear import dense_weight
+from pefttutor.parts.lowrank_layer import LowRank, singular_factors
 
-__all__ = ["FromStart", "singular_factors"]
+__all__ = ["FromStart", "factors_of"]
 
 A_START, B_START = "lora_A_start", "lora_B_start"
 
 
-def singular_factors(weight: Tensor, chosen: slice, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B with scaling · B A = Σ σ u vᵀ over the chosen triplets, largest first; at least in float32.
+def factors_of(layer: nn.Module, chosen: slice, scaling: float) -> tuple[Tensor, Tensor]:
+    """`singular_factors` of the layer's weight.
 
-    >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> for chosen in (slice(2), slice(-2, None)):
-    ...     A, B = singular_factors(W, chosen, scaling=0.5)
-    ...     (0.5 * B @ A).diag().round(decimals=4)
-    tensor([3., 2., 0.])
-    tensor([0., 2., 1.])
-
-    Each factor gets the root of the strength: B = U √(S / s), A = √(S / s) Vᵀ.
-
-    Shapes: (out, in) → (r, in), (out, r). Cost: a singular value decomposition, out·in·min(out, in).
-    Raises: ValueError where all of them are zero: the factors would be, too, and never get a gradient.
+    Shapes: → (r, in), (out, r).
+    Raises: ValueError for a layer that can't tell its weight, and where all of them are zero, and so are the factors,
+        which then never get a gradient.
     """
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-    if not S.is_meta and not S[chosen].any():
+    weight = dense_weight(layer)
+    A, B = singular_factors(weight, chosen, scaling)
+    if not A.is_meta and not A.any():
         raise ValueError(
             f"of a weight of {tuple(weight.shape)} the singular values to start at are all zero, so both factors would "
             "stay zero: take LoRA, which starts at random."
         )
-    root = (S[chosen] / scaling).sqrt()
-    return (root[:, None] * Vh[chosen]).contiguous(), (U[:, chosen] * root).contiguous()
+    return A, B
 
 
 class FromStart(LowRank):

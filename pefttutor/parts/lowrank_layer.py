@@ -22,7 +22,7 @@ from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.weight_delta import WeightDelta
 
-__all__ = ["Factored", "LowRank", "as_in_linear", "draw_factors", "principal_factors"]
+__all__ = ["Factored", "LowRank", "as_in_linear", "draw_factors", "singular_factors"]
 
 
 def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -39,20 +39,26 @@ def draw_factors(layer: nn.Module, r: int, generator: torch.Generator) -> tuple[
     return as_in_linear((r, n_in), generator), torch.zeros(n_out, r, device="cpu")
 
 
-def principal_factors(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B with scaling · B A the best approximation of rank r to the weight; at least in float32.
+def singular_factors(weight: Tensor, chosen: slice, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B with scaling · B A = Σ σ u vᵀ over the chosen singular triplets, largest first; at least in float32.
 
-    >>> A, B = principal_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), r=2, scaling=0.5)
-    >>> (0.5 * B @ A).diag().round(decimals=4)
+    >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> for chosen in (slice(2), slice(-2, None)):
+    ...     A, B = singular_factors(W, chosen, scaling=0.5)
+    ...     (0.5 * B @ A).diag().round(decimals=4)
     tensor([3., 2., 0.])
+    tensor([0., 2., 1.])
+
+    Each factor gets the root of the strength: B = U √(S / s), A = √(S / s) Vᵀ. The first r make the best approximation
+    of rank r.
 
     Shapes: (out, in) → (r, in), (out, r). Cost: a singular value decomposition, out·in·min(out, in).
     Source: Eckart and Young 1936; PiSSA's start: Meng et al. 2024, arXiv:2404.02948, eq. 2 and 3.
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-    root = (S[:r] / scaling).sqrt()
-    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
+    root = (S[chosen] / scaling).sqrt()
+    return (root[:, None] * Vh[chosen]).contiguous(), (U[:, chosen] * root).contiguous()
 
 
 def as_in_linear(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -10,8 +10,8 @@ from torch import nn
 
 from pefttutor import LoRA, PiSSA, attached, detach, load, memory, merge, save, trainable
 from pefttutor.memory.measured import watch_saved
-from pefttutor.parts.from_start import singular_factors
 from pefttutor.parts.linear import dense_weight
+from pefttutor.parts.lowrank_layer import singular_factors
 from pefttutor.widgets.spectrum import updates
 from tests.lowrank.peers import drawn, lora_config, run, with_peft
 from tests.memory.models import batch_of, model_of
