@@ -34,6 +34,7 @@ __all__ = [
     "detach",
     "find",
     "freeze",
+    "learning",
     "merge",
     "merged",
     "switch",
@@ -108,6 +109,11 @@ def adapted(model: nn.Module, name: str | None = None) -> Any:
         there = attached(model)
         return there[name].method if name in there else find(model, name).method
     return next((attachment.method for attachment in attached(model).values()), None)
+
+
+def learning(model: nn.Module, method: Any) -> list[Attachment]:
+    """The attachments of this method that take effect and train, for its hooks."""
+    return [a for a in attached(model).values() if a.method == method and a.learns]
 
 
 def trained_by(model: nn.Module, method: Any) -> list[nn.Parameter]:

@@ -127,6 +127,53 @@ def of_lora_fa(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {name: size for name, size in of_lora(kind, base, method).items() if name.endswith("lora_B")}
 
 
+def of_loha(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind]).items()
+    return {
+        f"{n}.hada_w{i}_{x}": method.r * size
+        for n, (w, o) in found
+        for i in (1, 2)
+        for x, size in (("a", o), ("b", w))
+    }
+
+
+def of_lokr(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """W₁ whole and W₂ of rank 1, but for layers that are too small for it."""
+    trains = {}
+    for n, (i, o) in layers(base, TARGETS[kind]).items():
+        rows, columns = (max(d for d in range(1, 9) if size % d == 0 and d * d <= size) for size in (o, i))
+        trains[f"{n}.lokr_w1"] = rows * columns
+        trains |= {f"{n}.lokr_w2_a": o // rows, f"{n}.lokr_w2_b": i // columns}
+    return trains
+
+
+def of_sora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return of_lora(kind, base, method) | {f"{n}.lora_gate": method.r for n in layers(base, TARGETS[kind])}
+
+
+def of_lotr(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind])
+    shared = {
+        f"lotr_{x}_{o}x{i}": method.r * size for i, o in found.values() for x, size in (("L", o), ("R", i))
+    }
+    return shared | {f"{n}.lotr_M": method.r**2 for n in found}
+
+
+def of_melora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return {name.replace("lora", "melora"): size for name, size in of_lora(kind, base, method).items()}
+
+
+def of_mora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """√(2 (in + out)) to the nearest whole number, and down to an even one, squared."""
+    found = layers(base, TARGETS[kind]).items()
+    return {f"{n}.mora_M": (int((2 * (i + o)) ** 0.5 + 0.5) // 2 * 2) ** 2 for n, (i, o) in found}
+
+
+def of_vera(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind]).items()
+    return {f"{n}.vera_lambda_{x}": size for n, (_, o) in found for x, size in (("b", o), ("d", method.r))}
+
+
 def of_ia3(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     targets, fed = KEYS_AND_FED[kind]
     on_input = layers(base, fed)
@@ -255,8 +302,12 @@ CASES = {
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
+    "DeltaLoRA": Case(
+        lambda kind: pt.DeltaLoRA(r=2, lora_alpha=3, start_steps=2, target_modules=TARGETS[kind]), of_lora
+    ),
     "DiffPruning": Case(lambda kind: pt.DiffPruning(), of_diff_pruning),
     "DoRA": Case(lambda kind: pt.DoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_dora),
+    "DyLoRA": Case(lambda kind: pt.DyLoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "FishDip": Case(lambda kind: pt.FishDip(fraction=0.1), share("fraction"), examples),
     "FishMask": Case(lambda kind: pt.FishMask(fraction=0.1), share("fraction"), examples),
     "IA3": Case(ia3, of_ia3),
@@ -272,10 +323,16 @@ CASES = {
         lambda kind: pt.LinearProbe(modules_to_save=(HEADS[kind],)),
         lambda kind, base, _: sizes(base, lambda n: n in HEAD_WEIGHTS[kind]),
     ),
+    "LoHa": Case(lambda kind: pt.LoHa(r=2, alpha=3, target_modules=TARGETS[kind]), of_loha),
+    "LoKr": Case(lambda kind: pt.LoKr(r=1, alpha=1.5, target_modules=TARGETS[kind]), of_lokr),
     "LoRA": Case(lambda kind: pt.LoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "LoRAFA": Case(lambda kind: pt.LoRAFA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora_fa),
     "LoRAPlus": Case(lambda kind: pt.LoRAPlus(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "LoTR": Case(lambda kind: pt.LoTR(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lotr),
+    "MELoRA": Case(lambda kind: pt.MELoRA(r=2, n=2, lora_alpha=3, target_modules=TARGETS[kind]), of_melora),
     "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
+    "MiLoRA": Case(lambda kind: pt.MiLoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "MoRA": Case(lambda kind: pt.MoRA(r=2, target_modules=TARGETS[kind]), of_mora),
     "PASTA": Case(lambda kind: pt.PASTA(special_token_ids=SPECIAL), of_pasta),
     "PTuning": Case(lambda kind: pt.PTuning(num_virtual_tokens=3, encoder_hidden_size=5), of_ptuning),
     "PaFi": Case(
@@ -288,16 +345,21 @@ CASES = {
     ),
     "PromptTuning": Case(lambda kind: pt.PromptTuning(num_virtual_tokens=3), of_prompt),
     "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
+    "ReLoRA": Case(  # without a merge: what that writes has tests of its own
+        lambda kind: pt.ReLoRA(r=2, lora_alpha=3, reset_every=100, target_modules=TARGETS[kind]), of_lora
+    ),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),
         lambda kind, base, m: sum(max(1, int(m.fraction * size)) for size in sizes(base).values()),
         examples,
     ),
+    "SoRA": Case(lambda kind: pt.SoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_sora),
     "SparseFineTuning": Case(
         lambda kind: pt.SparseFineTuning(),
         lambda kind, base, _: sum(-(-size // 3) for size in list(sizes(base).values())[::3]),
         every_third,
     ),
+    "VeRA": Case(lambda kind: pt.VeRA(r=5, target_modules=TARGETS[kind]), of_vera),
 }  # fmt: skip
 
 # ---- what a method can't do, and with which error it says so: by architecture, or by what is asked of it

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pefttutor.kernels.precision import unrounded
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
-from pefttutor.parts.added import Added
+from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.settings import check_choice, check_number, check_whole
@@ -131,8 +131,7 @@ class AdaLoRA:
             generator = torch.Generator().manual_seed(self.init_seed)
             factors = partial(draw_triplets, r=self.init_r, generator=generator)
             add_lowrank(new, model, factors, Triplets, rank="init_r", scale_by_rank=self.scale_by_rank)
-            counter = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-            new.add(Added([(model, "", added_key(COUNTER, name), counter)]))
+            new.add(step_counter(model, COUNTER, name))
         return model
 
     def count(self, model: nn.Module) -> int:

@@ -11,21 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.layer_change import Compute
-from pefttutor.parts.linear import dense_weight
-from pefttutor.parts.lowrank_layer import LowRank, principal_factors
+from pefttutor.parts.from_start import FromStart, factors_of
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 
-__all__ = ["PiSSA", "principal_factors"]
-
-A_START, B_START = "lora_A_start", "lora_B_start"
+__all__ = ["PiSSA"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +53,7 @@ class PiSSA:
     modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        check_lowrank(self, seeded=False)
+        check_lowrank(self, seed=None)
 
     @property
     def scaling(self) -> float:
@@ -77,7 +70,7 @@ class PiSSA:
             add_lowrank(
                 new,
                 model,
-                lambda layer: principal_factors(dense_weight(layer), self.r, self.scaling),
+                lambda layer: factors_of(layer, slice(self.r), self.scaling),
                 FromStart,
             )
         return model
@@ -85,39 +78,3 @@ class PiSSA:
     def count(self, model: nn.Module) -> int:
         """How many values train, without attaching: Σ r · (in + out) over the targets, and modules_to_save."""
         return count_lowrank(model, self, lambda n_in, n_out: self.r * (n_in + n_out))
-
-
-class FromStart(LowRank):
-    """y = f(x) + s · (drop(x) Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ): each in products of its own, so that they cancel to the last bit."""
-
-    fused = False
-    stored = False
-
-    def __init__(
-        self, path: str, layer: nn.Module, name: str, factors: tuple[Tensor, Tensor], **how: float
-    ) -> None:
-        A, B = (factor.clone() for factor in factors)  # the trained ones move
-        super().__init__(path, layer, name, factors, beside={A_START: A, B_START: B}, **how)  # type: ignore[arg-type]
-
-    @property
-    def start(self) -> tuple[Tensor, Tensor]:
-        """A₀ (r, in) and B₀ (out, r)."""
-        return self.held(A_START), self.held(B_START)
-
-    def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = inner(x, *args, **kwargs)
-        learned = self.branch(F.dropout(x, self.dropout) if self.drops else x, *self.factors)
-        return y + (self.scaling * (learned - self.branch(x, *self.start))).to(y.dtype)
-
-    def delta(self) -> Tensor:
-        """ΔW = s · (B A − B₀ A₀). Shapes: → (out, in)."""
-        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.start)
-        return super().delta() - self.scaling * (B @ A)
-
-    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """What LoRA keeps; next to a weight in half precision also the rounded start."""
-        y = super().trace(layer, x, tape, kind)
-        if y is not None and x.grad and self.start[0].element_size() != x.itemsize:
-            for factor in self.start:
-                tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
-        return y

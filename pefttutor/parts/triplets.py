@@ -7,8 +7,6 @@ New are the parameters `lora_B` (P), `lora_E` (λ) and `lora_A` (Q), and the buf
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -105,11 +103,3 @@ class Triplets(LowRank):
         """λ of the triplets that don't count becomes zero; they may come back."""
         lambdas = self.held("lora_E")
         lambdas.masked_fill_(~self.held(KEPT).view_as(lambdas), 0.0)
-
-    def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """What LoRA keeps, and Λ Q."""
-        y = super().trace(layer, x, tape, kind)
-        if y is not None:
-            product, _ = self.factors
-            tape.save(y.like(rows=self.r, width=product.shape[1], itemsize=product.element_size()), kind)
-        return y

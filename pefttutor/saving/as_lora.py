@@ -15,7 +15,7 @@ from pefttutor.method import Attachment, detach
 from pefttutor.parts.freezing import fully_trained
 from pefttutor.parts.layer_change import LayerChange
 from pefttutor.parts.linear import sizes, stored_as, why_not_linear
-from pefttutor.parts.lowrank_layer import principal_factors
+from pefttutor.parts.lowrank_layer import singular_factors
 from pefttutor.parts.lowrank_targets import lowrank_targets
 from pefttutor.parts.part import Part, owners_of_each
 from pefttutor.saving.contents import listed, savable
@@ -77,7 +77,7 @@ def as_lora(
     values = {key: became[key] for key in kept & became.keys()}
     errors = dict.fromkeys(rest, 1.0)
     for path, delta in deltas.items():
-        A, B = principal_factors(delta, r, 1.0)
+        A, B = singular_factors(delta, slice(r), 1.0)
         errors[path] = float((delta - B @ A).norm() / delta.norm())
         values |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
     detach(model, attachment.name)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.parts.lowrank_layer import LowRank
+from pefttutor.parts.weight_delta import WeightDelta
 
 # What a method can say about one layer: ΔW itself, or the factors (B, A, s) of ΔW = s·B·A.
 Delta = Tensor | tuple[Tensor, Tensor, float]
@@ -178,11 +178,11 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _low_rank(layer: Any) -> Any:
-    """What the attached method has changed in this layer: the one low-rank change that acts on it, or None.
+    """What the attached method has changed in this layer: the one added change that acts on it, or None.
 
     Raises: ValueError if several do.
     """
-    changes = [c for c in vars(layer).get("_changes", {}).values() if isinstance(c, LowRank) and c.on]
+    changes = [c for c in vars(layer).get("_changes", {}).values() if isinstance(c, WeightDelta) and c.on]
     if len(changes) > 1:
         names = ", ".join(repr(change.name) for change in changes)
         raise ValueError(
@@ -195,8 +195,7 @@ def _factors(layer: Any) -> Delta | None:
     """(B, A, s) of a layer that a method has changed, ΔW if they are made of more, or of one of the learner's own."""
     change = _low_rank(layer)
     if change is not None:
-        A, B = change.factors
-        return (B, A, change.scaling) if change.stored else change.delta()
+        return (*change.factors[::-1], change.scaling) if change.stored else change.delta()
     if all(isinstance(getattr(layer, name, None), Tensor) for name in ("lora_A", "lora_B")):
         return layer.lora_B, layer.lora_A, layer.scaling
     return None

@@ -74,12 +74,17 @@ def assert_same_as_peft(
     *,
     train: bool = False,
     prepare: Callable[[Any], None] = lambda theirs: None,
+    theirs_on: nn.Module | None = None,
+    called: Mapping[str, str] | None = None,
     **within: float,
 ) -> None:
     """Outputs and every gradient, with the weights copied. train: in training mode, with the same random draws.
-    prepare: what has still to be done to the other library's model."""
+    prepare: what has still to be done to the other library's model. theirs_on: the base that it gets, if another.
+    called: what we call its tensors, by the ends of their names there."""
     adapted = drawn(ours.attach(copy.deepcopy(model))).train(train)
-    theirs, their_parameters = with_peft(model, config)
+    theirs, their_parameters = with_peft(theirs_on or model, config)
+    for ending, ours_for_it in (called or {}).items():
+        their_parameters = {n.replace(ending, ours_for_it): p for n, p in their_parameters.items()}
     prepare(theirs.train(train))
     own = dict(adapted.named_parameters())
     trains = set(trainable(adapted))
@@ -93,3 +98,16 @@ def assert_same_as_peft(
         assert own[name].grad.abs().max() > 1e-8, f"{name}: a gradient of zero would prove nothing"
         torch.testing.assert_close(own[name].grad, their_parameters[name].grad, **within)
     assert all(p.grad is None for name, p in own.items() if name not in trains)
+
+
+def with_linear_layers(model: nn.Module) -> nn.Module:
+    """A copy that has an `nn.Linear` where GPT-2 has a Conv1D: the same function, which HF PEFT's LyCORIS can adapt."""
+    model = copy.deepcopy(model)
+    for path, layer in list(model.named_modules()):
+        if type(layer).__name__ == "Conv1D":
+            n_in, n_out = layer.weight.shape
+            linear = nn.Linear(n_in, n_out, dtype=layer.weight.dtype)
+            linear.weight.data.copy_(layer.weight.t())
+            linear.bias.data.copy_(layer.bias)
+            model.set_submodule(path, linear)
+    return model

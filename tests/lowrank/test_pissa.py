@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pefttutor import LoRA, PiSSA, attached, detach, load, memory, merge, save, trainable
-from pefttutor.lowrank.pissa import principal_factors
 from pefttutor.memory.measured import watch_saved
 from pefttutor.parts.linear import dense_weight
+from pefttutor.parts.lowrank_layer import singular_factors
 from pefttutor.widgets.spectrum import updates
 from tests.lowrank.peers import drawn, lora_config, run, with_peft
 from tests.memory.models import batch_of, model_of
@@ -57,7 +57,7 @@ def test_start_outputs_and_every_gradient_are_those_of_peft(tiny, batch, kind, n
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, F64])
 def test_the_start_is_the_best_approximation_of_its_rank(dtype):
     W = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    A, B = principal_factors(W, 2, 0.5)
+    A, B = singular_factors(W, slice(2), 0.5)
     off = W.to(A.dtype) - 0.5 * B @ A
     S = torch.linalg.svdvals(W.to(A.dtype))
     torch.testing.assert_close(off.norm(), S[2:].norm())  # Eckart and Young

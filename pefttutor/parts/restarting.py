@@ -1,0 +1,123 @@
+"""What a low-rank method needs that merges its change into the weight and starts anew, again and again in one training.
+
+    W ← W + s · B A;   A ← drawn anew,  B ← 0
+
+The function stays the same, and what all changes add up to has a rank as large as the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pefttutor.parts.freezing import Whole
+from pefttutor.parts.linear import stored_as
+from pefttutor.parts.lowrank_layer import LowRank, as_in_linear
+from pefttutor.parts.part import owners_of_each
+
+__all__ = ["RestartingAdamW", "Rewritten", "cut_smallest", "merge_and_restart"]
+
+
+class Rewritten(Whole):
+    """Weights that don't train but are written in training. They belong to what is saved, and `detach` puts them back.
+
+    Raises: ValueError for a weight that nothing can be added to, that another layer shares, or on which something
+        else builds.
+    """
+
+    def __init__(self, model: nn.Module, parts: Iterable[LowRank]) -> None:
+        parts = list(parts)
+        for part in parts:
+            part.check_foldable()
+            changes = list(vars(part.layer)["_changes"].values())
+            if not all(change.additive for change in changes[: changes.index(part)]):
+                raise ValueError(
+                    f"what {changes[0].name!r} makes of {part.path!r} isn't simply added to its weight, and writing "
+                    "the weight would change more: attach this one first."
+                )
+        shared = owners_of_each(model, [part.layer.weight for part in parts])  # type: ignore[misc]
+        for part in parts:
+            if len(shared[id(part.layer.weight)]) > 1:
+                raise ValueError(
+                    f"{part.path!r} shares its weight with another layer, for which the merged change isn't meant: "
+                    "leave it out of target_modules."
+                )
+        super().__init__(model, [f"{part.path}.weight" for part in parts])
+
+    def trained(self) -> list[nn.Parameter]:
+        return []
+
+
+@torch.no_grad()
+def merge_and_restart(part: LowRank, generator: torch.Generator) -> None:
+    """Write the change into the layer's weight, draw A anew, and let B be zero.
+
+    Beside a half-precision weight the sum is rounded to it.
+    """
+    layer: Any = part.layer
+    delta, weight = part.delta(), stored_as(layer, layer.weight)
+    layer.weight.copy_(stored_as(layer, weight.to(delta.dtype) + delta))
+    A, B = part.factors
+    A.copy_(as_in_linear((A.shape[0], A.shape[1]), generator))
+    B.zero_()
+
+
+def cut_smallest(values: Tensor, share: float) -> None:
+    """Let this share of the values, the smallest in magnitude, be zero; in place.
+
+    >>> moments = torch.tensor([3.0, -1.0, 2.0, -4.0])
+    >>> cut_smallest(moments, 0.5)
+    >>> moments
+    tensor([ 3.,  0.,  0., -4.])
+    """
+    count = round(share * values.numel())
+    if count:
+        smallest = values.abs().flatten().topk(count, largest=False).indices
+        values.copy_(values.flatten().index_fill(0, smallest, 0).view(values.shape))
+
+
+class RestartingAdamW(torch.optim.AdamW):
+    """AdamW that at each restart forgets most of its moments for the factors, and lets its rate rise from zero again.
+
+    counter: how many steps were taken before, which somebody else counts. every: steps between restarts. warmup: steps
+    over which the rate rises after one. cut: the share of the factors' moments that becomes zero.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        factors: Iterable[Tensor],
+        counter: Tensor,
+        every: int,
+        warmup: int,
+        cut: float,
+        **how: Any,
+    ) -> None:
+        super().__init__(params, **how)
+        self.factors, self.counter = list(factors), counter
+        self.every, self.warmup, self.cut = every, warmup, cut
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        done = int(self.counter)
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * self.rate_factor(done)
+        try:
+            loss = super().step(closure)
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+        if (done + 1) % self.every == 0:
+            for state in [self.state[factor] for factor in self.factors if factor in self.state]:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    cut_smallest(state[moment], self.cut)
+        return loss
+
+    def rate_factor(self, done: int) -> float:
+        """By how much the rate of the next step is smaller: 1/warmup, 2/warmup, …, 1 after a restart."""
+        since = done % self.every + 1
+        return 1.0 if done < self.every or since >= self.warmup else since / self.warmup

@@ -1,0 +1,79 @@
+"""What the methods of chapter 4.4 add to a weight, by their formulas from what is saved: dense, and slow.
+
+Each formula gets the tensors of one layer by their keys, how many features go in and come out, the method, and the
+model, for what layers share. A method's line here serves its own tests and the matrix of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tensors = Mapping[str, Tensor]
+Formula = Callable[[Tensors, int, int, Any, nn.Module], Tensor]
+
+
+def vera(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    A, B = model.get_buffer("vera_A")[:, :n_in], model.get_buffer("vera_B")[:n_out]
+    return t["vera_lambda_b"].diag() @ B @ t["vera_lambda_d"].diag() @ A
+
+
+def loha(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    first, second = (t[f"hada_w{i}_a"] @ t[f"hada_w{i}_b"] for i in (1, 2))
+    return method.alpha / method.r * first * second
+
+
+def lokr(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    W1, W2 = (t[f"lokr_w{i}"] if f"lokr_w{i}" in t else t[f"lokr_w{i}_a"] @ t[f"lokr_w{i}_b"] for i in (1, 2))
+    rows = [torch.cat([w * W2 for w in row], 1) for row in W1]  # block by block
+    return method.alpha / method.r * torch.cat(rows)
+
+
+def melora(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    delta = torch.zeros(n_out, n_in, dtype=t["melora_A"].dtype)
+    rows, columns = n_out // method.n, n_in // method.n
+    for i, (A, B) in enumerate(zip(t["melora_A"], t["melora_B"], strict=True)):
+        delta[i * rows : (i + 1) * rows, i * columns : (i + 1) * columns] = B @ A
+    return method.lora_alpha / method.r * delta
+
+
+def lotr(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    L, R = (t[f"lotr_{x}_{n_out}x{n_in}"] for x in "LR")
+    return method.lora_alpha / method.r * L @ t["lotr_M"] @ R
+
+
+def mora(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    """Entry by entry: of which entries of M a feature of the output gets how much of one of the input."""
+    M = t["mora_M"]
+    width, half = len(M), len(M) // 2
+    groups = -(-n_in // width)
+    weights = torch.zeros(n_out, n_in, width, width, dtype=M.dtype)
+    for place in range(groups * width):  # of the filled features
+        group, column = divmod(place, width)
+        feature = place % n_in
+        for o in range(n_out):
+            if method.mora_type == 1:
+                weights[o, feature, o % width, column] += 1
+            elif o % (groups * width) // width == group:
+                angle = torch.tensor(group * 10000.0 ** (-2 * (column % half) / width), dtype=M.dtype)
+                partner, sign = (column + half, 1) if column < half else (column - half, -1)
+                weights[o, feature, o % width, column] += angle.cos()
+                weights[o, feature, o % width, partner] += sign * angle.sin()
+    return torch.einsum("oikl,kl->oi", weights, M)
+
+
+LOKR = tuple(f"lokr_w{i}{x}" for i in (1, 2) for x in ("", "_a", "_b"))
+
+# By the key that a layer must hold for it, and the keys of all that the formula uses.
+FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
+    "vera_lambda_b": (vera, ("vera_lambda_b", "vera_lambda_d")),
+    "hada_w1_a": (loha, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+    "lotr_M": (lotr, ("lotr_M",)),
+    "melora_A": (melora, ("melora_A", "melora_B")),
+    "mora_M": (mora, ("mora_M",)),
+    **dict.fromkeys(("lokr_w1", "lokr_w1_a"), (lokr, LOKR)),
+}
+USED = {key for _, keys in FORMULAS.values() for key in keys}
