@@ -20,7 +20,7 @@ def smallest_masks(weights: Mapping[str, Tensor], fraction: float) -> dict[str, 
     flat = torch.cat([weight.abs().flatten() for weight in weights.values()])
     k = int(fraction * len(flat))
     mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[flat.argsort()[:k]] = True
+    mask[flat.argsort(stable=True)[:k]] = True  # of equal ones the first: the same on every machine
     parts = mask.split([weight.numel() for weight in weights.values()])
     return {name: part.view(weights[name].shape) for name, part in zip(weights, parts, strict=True)}
 

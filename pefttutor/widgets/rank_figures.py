@@ -140,7 +140,7 @@ def draw_layer(
     right.set_title(keeps[0].upper() + keeps[1:])
     _draw_bars(bars, update, cut, erank)
     if score_by_rank:
-        _draw_by_rank(curve, score_by_rank, k, ylabel=score_name)
+        _draw_by_rank(curve, score_by_rank, k, ylabel=score_name, joined=False)
         curve.set_title(f"All layers at rank {k}: {score_name} {score_by_rank[k]:.3f}")
         curve.axhline(without, color=GREY, linestyle=":", linewidth=1)
         curve.annotate(
@@ -187,12 +187,15 @@ def _draw_bars(axes: Axes, update: Update, k: int, erank: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_by_rank(axes: Axes, values: Mapping[int, float], k: int, *, ylabel: str) -> None:
+def _draw_by_rank(
+    axes: Axes, values: Mapping[int, float], k: int, *, ylabel: str, joined: bool = True
+) -> None:
+    """joined: whether all ranks are there; a line between two that are far apart would claim what lies between them."""
     ranks = sorted(values)
-    dots = "o" if len(ranks) <= 64 else None
-    axes.plot(
-        ranks, [values[i] for i in ranks], color=OKABE_ITO["blue"], marker=dots, markersize=4, linewidth=1.2
-    )
+    dots = None if joined and len(ranks) > 64 else "o"
+    line = "-" if joined else "none"
+    shown: dict[str, Any] = {"marker": dots, "markersize": 4, "linestyle": line, "linewidth": 1.2}
+    axes.plot(ranks, [values[i] for i in ranks], color=OKABE_ITO["blue"], **shown)
     axes.plot([k], [values[k]], color=OKABE_ITO["vermillion"], marker="o", markersize=9, linestyle="none")
     axes.set(xlabel="rank", ylabel=ylabel)
     axes.margins(y=0.12)

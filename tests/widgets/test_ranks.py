@@ -105,6 +105,7 @@ def test_the_slider_truncates_the_matrix(model, fast):
         assert blue == [i < k for i in range(4)]
         share = 100 * numpy.cumsum([0, *values[:4] ** 2]) / (values**2).sum()
         numpy.testing.assert_allclose(curve.lines[0].get_ydata(), share, atol=1e-5)
+        assert curve.lines[0].get_linestyle() == "-"  # every rank is there
         assert curve.lines[1].get_xdata()[0] == k
         assert f"rank {k} of 4 keeps {share[k]:.0f} %" in explorer.figure.alt
 
@@ -142,6 +143,7 @@ def test_the_score_is_of_the_truncated_model_measured_once_a_rank(model, fast):
     wanted = {k: sum((sigma(model, name)[:k] ** 2).sum() for name in NAMES) for k in (0, 2, 3, 4)}
     assert calls == pytest.approx([wanted[k] for k in (0, 4, 2, 3)], rel=1e-5)
     curve = explorer.figure.axes[4]
+    assert curve.lines[0].get_linestyle() == "None"  # a line from 0 to 2 would say what rank 1 does
     assert list(curve.lines[0].get_xdata()) == [0, 2, 3, 4]
     assert list(curve.lines[0].get_ydata()) == pytest.approx(list(wanted.values()), rel=1e-5)
     assert f"energy {wanted[3]:.3f}"[:9] in explorer.figure.alt
