@@ -5,6 +5,7 @@ import pytest
 from pefttutor import check
 from pefttutor.check import (
     ex02_answers,
+    ex03_answers,
     ex05_answers,
     ex05_blocks,
     ex08_answers,
@@ -21,6 +22,9 @@ MISTAKES = {
     check.ex02_1: ex02_answers.STATIC_MISTAKES,
     check.ex02_2: ex02_answers.FEED_FORWARD_MISTAKES,
     check.ex02_3: ex02_answers.CACHE_MISTAKES,
+    check.ex03_1: ex03_answers.PROMPT_MISTAKES,
+    check.ex03_2: ex03_answers.START_MISTAKES,
+    check.ex03_3: ex03_answers.MIXED_MISTAKES,
     check.ex05_1: ex05_answers.BOTTLENECK_MISTAKES,
     check.ex05_2: ex05_answers.SUBLAYER_MISTAKES,
     check.ex05_3: ex05_blocks.COUNT_MISTAKES,
