@@ -79,8 +79,8 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Non
     method, kind = attachment.method, type(attachment.method).__name__
     if kind not in WRITERS:
         raise ValueError(
-            f"HF PEFT has no {kind}; it has {', '.join(WRITERS)}. pefttutor.as_lora(model, r=…) makes a LoRA of "
-            "what has changed linear layers; pefttutor.save writes everything, for pefttutor.load."
+            f"no {kind} is written for HF PEFT; there are {', '.join(WRITERS)}. pefttutor.as_lora(model, r=…) makes a "
+            "LoRA of what has changed linear layers; pefttutor.save writes everything, for pefttutor.load."
         )
     written, task = WRITERS[kind](model, attachment), task_of(model)
     there = [f".{path}" for path, _ in model.named_modules()]

@@ -465,7 +465,7 @@ def test_norms_of_which_only_some_train_are_refused(tmp_path):
 
 
 WITHOUT = {
-    "BitFit": ("gpt2", pt.BitFit(), r"HF PEFT has no BitFit; it has LoRA, .*pefttutor.as_lora"),
+    "BitFit": ("gpt2", pt.BitFit(), r"no BitFit is written for HF PEFT; there are LoRA, .*pefttutor.as_lora"),
     "AdaLoRA": ("gpt2", pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=("wte",)), "takes no embeddings"),
     "IA3": ("gpt2", pt.IA3(target_modules=("wte",), feedforward_modules=()), "takes no embeddings"),
     "places": ("gpt2", pt.PTuning(**TOKENS, placeholder_token_id=9), "HF PEFT knows them only before it"),
