@@ -110,7 +110,9 @@ def seen_before(kwargs: dict[str, Any]) -> tuple[Any, bool | None]:
 
 def cache_made(output: Any) -> Any:
     """The cache that a call has made or gone on from, or None."""
-    return next((c for c in (getattr(output, key, None) for key in CACHES) if hasattr(c, "__dict__")), None)
+    # Its newest name first: transformers 5.24 warns of those of before, which it still answers to.
+    found = (getattr(output, key, None) for key in reversed(CACHES))
+    return next((cache for cache in found if hasattr(cache, "__dict__")), None)
 
 
 def hidden_states(args: Any, kwargs: Any, new: Tensor | None = None) -> Any:

@@ -22,6 +22,7 @@ REFERENCES = {
     "02": ("static_bytes", "feed_forward_bytes", "kv_cache_bytes"),
     "03": ("with_prompt", "label_start", "mixed_batch"),
     "05": ("Bottleneck", "adapted_sublayer", "adapter_count", "for_all_tasks"),
+    "07": ("steered", "write_steered", "steered_top", "two_row_linear"),
     "08": ("bias_names", "smallest_masks", "masked_step"),
     "09": ("true_fisher", "squared_gradients", "fish_masks"),
     "10": ("masked_gradients", "share_outside", "masked_adamw", "paired"),

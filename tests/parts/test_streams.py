@@ -13,7 +13,7 @@ from torch import nn
 
 import pefttutor as pt
 from pefttutor.parts.blocks import blocks
-from pefttutor.parts.streams import Hooked, hidden_states, reader, seen_before, token_ids
+from pefttutor.parts.streams import Hooked, cache_made, hidden_states, reader, seen_before, token_ids
 from tests.cases import answer
 from tests.pictures import differences, picture
 from tests.tiny import bert, llama_classifier, made, tiny_batch, tiny_model
@@ -264,3 +264,18 @@ def test_a_hook_of_ones_own_stays_before_what_is_attached_later():
     pt.PromptTuning(num_virtual_tokens=3).attach(model)
     pt.switch(pt.switch(model), "default")(**tiny_batch("llama"))
     assert seen[-1]["input_ids"].shape == (3, 9)
+
+
+def test_a_cache_is_asked_for_by_its_newest_name():
+    """Transformers 5.24 warns whoever asks its outputs by a name of before."""
+
+    class Output:
+        cache = hf.DynamicCache()
+
+        @property
+        def past_key_values(self):
+            raise AssertionError("asked by the old name")
+
+    assert cache_made(Output()) is Output.cache
+    assert cache_made(SimpleNamespace(past_key_values=(old := hf.DynamicCache()))) is old
+    assert cache_made(SimpleNamespace(logits=None)) is None
