@@ -145,6 +145,21 @@ def of_fusion(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return square | {f"{n}.fusion_query_bias": d for n, d in widths.items()}
 
 
+def of_ssf(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """Of all that has a weight, but for tables, statistics and the head: what it gives, twice where it has a bias."""
+    found = {}
+    for name, module in base.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or name == "lm_head" or isinstance(module, (nn.Embedding, nn.BatchNorm1d)):
+            continue
+        out = weight.shape[-1] if type(module).__name__ == "Conv1D" else len(weight)
+        found |= {
+            f"{name}.ssf_{key}": out
+            for key in ("scale", "shift")[: 1 + ("bias" in dict(module.named_parameters()))]
+        }
+    return found
+
+
 def of_diff_pruning(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     every = sizes(base)
     added = {f"{n}_{x}": size for n, size in every.items() for x in ("delta", "alpha")}
@@ -313,6 +328,7 @@ CASES = {
     ),
     "PromptTuning": Case(lambda kind: pt.PromptTuning(num_virtual_tokens=3), of_prompt),
     "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
+    "SSF": Case(lambda kind: pt.SSF(), of_ssf),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),
         lambda kind, base, m: sum(max(1, int(m.fraction * size)) for size in sizes(base).values()),

@@ -71,6 +71,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         },
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
+        "SSF": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
         "LinearProbe": lambda: SetUp(kind(modules_to_save=architecture.names(model, (architecture.head,)))),
         "LastLayers": lambda: SetUp(kind(fraction=0.5)),
@@ -289,6 +290,10 @@ class ByHand:
                 made[weight] = W[weight] * (leaf if on_input != turned else leaf[:, None])
                 if bias in W and not on_input:
                     made[bias] = W[bias] * leaf
+            elif key == "ssf_scale":
+                made[weight] = W[weight] * (leaf if turned else leaf.view(-1, *[1] * (W[weight].dim() - 1)))
+                if f"{path}.ssf_shift" in leaves:
+                    made[bias] = W[bias] * leaf + leaves[f"{path}.ssf_shift"]
             elif ending == "values":
                 place = saved[f"{full}_index"].long()
                 made[full] = W[full].flatten().index_put((place,), leaf).view_as(W[full])
@@ -308,7 +313,7 @@ class ByHand:
             elif key.startswith("ptuning_"):
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
             elif (
-                not key.startswith(("adapter_", "fusion_"))
+                not key.startswith(("adapter_", "fusion_", "ssf_shift"))
                 and key not in ("lora_B", "lora_E", "lora_magnitude_vector")
                 and ending
                 not in (

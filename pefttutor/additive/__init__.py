@@ -7,11 +7,13 @@ from pefttutor.additive.inside.fusion import AdapterFusion
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
 from pefttutor.additive.inside.prefix import PrefixTuning
+from pefttutor.additive.inside.ssf import SSF
 from pefttutor.additive.output.proxy import ProxyTuning
 
 __all__ = [
     "IA3",
     "PASTA",
+    "SSF",
     "Adapter",
     "AdapterFusion",
     "PTuning",
