@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pefttutor as pt
-from tests.pictures import picture
+from tests.pictures import picture, tensors
 from tests.tiny import KINDS, TARGETS, rows_of, tiny_batch, tiny_model
 
 ARCHITECTURES = (*KINDS, "net")  # "net" is a bare nn.Module
@@ -186,6 +186,27 @@ def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
+def of_fusion(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    widths = {n: out for n, (_, out) in layers(base, ENDS[kind]).items()}
+    square = {f"{n}.fusion_{key}": d * d for n, d in widths.items() for key in ("query", "key", "value")}
+    return square | {f"{n}.fusion_query_bias": d for n, d in widths.items()}
+
+
+def of_ssf(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """Of all that has a weight, but for tables, statistics and the head: what it gives, twice where it has a bias."""
+    found = {}
+    for name, module in base.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or name == "lm_head" or isinstance(module, (nn.Embedding, nn.BatchNorm1d)):
+            continue
+        out = weight.shape[-1] if type(module).__name__ == "Conv1D" else len(weight)
+        found |= {
+            f"{name}.ssf_{key}": out
+            for key in ("scale", "shift")[: 1 + ("bias" in dict(module.named_parameters()))]
+        }
+    return found
+
+
 def of_diff_pruning(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     every = sizes(base)
     added = {f"{n}_{x}": size for n, size in every.items() for x in ("delta", "alpha")}
@@ -270,17 +291,33 @@ def two_others(kind: str, base: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
     ) if kind in DECODERS else (), {}
 
 
+# ---- what a model must carry before
+
+
+def as_it_is(kind: str, model: nn.Module) -> nn.Module:
+    return model
+
+
+def two_adapters(kind: str, model: nn.Module) -> nn.Module:
+    """Adapters "a" and "b" that have learned something, switched off."""
+    for seed, name in enumerate("ab"):
+        adapter(kind).attach(model, name=name)
+        moved(pt.switch(model, name), seed)
+    return pt.switch(model)
+
+
 # ---- one line a method
 
 
 @dataclass(frozen=True)
 class Case:
     """How a method is made for an architecture; the sizes of what then trains, by name, or how many entries it
-    chooses; and what `attach` gets beside the model."""
+    chooses; what `attach` gets beside the model; and what the model must carry before."""
 
     make: Callable[[str], Any]
     trains: Callable[[str, nn.Module, Any], dict[str, int] | int]
     sources: Callable[[str, nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] = nothing
+    before: Callable[[str, nn.Module], nn.Module] = as_it_is
 
 
 def ia3(kind: str) -> Any:
@@ -298,6 +335,9 @@ CASES = {
         lambda kind: pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=TARGETS[kind]), of_adalora
     ),
     "Adapter": Case(adapter, of_adapter),
+    "AdapterFusion": Case(
+        lambda kind: pt.AdapterFusion(adapters=("a", "b")), of_fusion, before=two_adapters
+    ),
     "AutoFreeze": Case(lambda kind: pt.AutoFreeze(), everything),
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
@@ -348,6 +388,7 @@ CASES = {
     "ReLoRA": Case(  # without a merge: what that writes has tests of its own
         lambda kind: pt.ReLoRA(r=2, lora_alpha=3, reset_every=100, target_modules=TARGETS[kind]), of_lora
     ),
+    "SSF": Case(lambda kind: pt.SSF(), of_ssf),
     "SecondOrderMask": Case(
         lambda kind: pt.SecondOrderMask(fraction=0.1),
         lambda kind, base, m: sum(max(1, int(m.fraction * size)) for size in sizes(base).values()),
@@ -366,6 +407,10 @@ CASES = {
 
 CANNOT = {
     ("Adapter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
+    (
+        "AdapterFusion",
+        "merge",
+    ): r"can't be merged: (a bottleneck adapter has a nonlinearity|fused adapters have non)",
     ("BitFit", "t5"): r"BitFit: this model has no bias .*LayerNormTuning",
     ("PASTA", "t5"): r"PASTA reads one text, and a T5ForConditionalGeneration has two",
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
@@ -389,6 +434,7 @@ CANNOT = {
 STARTS_OTHERWISE = {
     "Masking": "it prunes init_sparsity of the weights at once",
     "PTuning": "the model reads other words",
+    "AdapterFusion": "it starts as a mean of what the adapters have learned",
     "PrefixTuning": "the model sees other keys",
     "PromptTuning": "the model reads other words",
     "ProxyTuning": "it steers at once",
@@ -441,10 +487,21 @@ def base_answer(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
     return answer(base_of(kind, dtype), batch_of(kind, dtype=dtype))
 
 
+def prepared(name: str, kind: str) -> nn.Module:
+    """The base with what it must carry before the method is attached, to work with."""
+    return CASES[name].before(kind, fresh(kind))
+
+
+@cache
+def beneath(name: str, kind: str) -> set[str]:
+    """The names of all that a prepared base holds."""
+    return set(tensors(base_of(kind) if CASES[name].before is as_it_is else prepared(name, kind)))
+
+
 def attach(name: str, kind: str, model: nn.Module) -> nn.Module:
     """Attach the method to a model as CASES says."""
     arguments, how = CASES[name].sources(kind, model)
-    return CASES[name].make(kind).attach(model, *arguments, **how)
+    return CASES[name].make(kind).attach(CASES[name].before(kind, model), *arguments, **how)
 
 
 @cache

@@ -49,6 +49,7 @@ class SetUp:
     method: Any
     sources: tuple[Any, ...] = ()
     prepare: Callable[[Any, Any], None] = lambda model, method: None  # after attaching
+    before: Callable[[Any], None] = lambda model: None  # what it must carry already
 
 
 def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
@@ -65,6 +66,10 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "Adapter": lambda: SetUp(
             kind(bottleneck=3, scaling=2.0, target_modules=_where_not_found(model, scaled))
         ),
+        "AdapterFusion": lambda: SetUp(
+            kind(adapters=("a", "b")),
+            before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
+        ),
         # With the draws of seed 0 two of DistilBERT's ReLU units lie so near zero that autocast's rounding opens them.
         "AdaLoRA": lambda: SetUp(
             kind(init_r=3, target_r=2, total_step=2, target_modules=targets, init_seed=1)
@@ -77,6 +82,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "ReLoRA": lambda: SetUp(kind(r=2, reset_every=2, target_modules=targets)),
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
+        "SSF": lambda: SetUp(kind()),
         "LayerNormTuning": lambda: SetUp(kind()),
         "LinearProbe": lambda: SetUp(kind(modules_to_save=architecture.names(model, (architecture.head,)))),
         "LastLayers": lambda: SetUp(kind(fraction=0.5)),
@@ -110,6 +116,14 @@ def _where_not_found(model: nn.Module, scaled: tuple[str, ...]) -> tuple[str, ..
     except ValueError:
         return scaled[-1:]
     return None
+
+
+def _two_adapters(targets: tuple[str, ...] | None, model: nn.Module) -> None:
+    """Two that have learned something, switched off."""
+    for seed, name in enumerate("ab"):
+        pefttutor.Adapter(bottleneck=3, scaling=2.0, target_modules=targets).attach(model, name=name)
+        spread(pefttutor.switch(model, name), seed=seed)
+    pefttutor.switch(model)
 
 
 def _changed(model: nn.Module, seed: int) -> nn.Module:
@@ -234,18 +248,20 @@ class Form:
 @dataclass
 class ByHand:
     """What trains as leaves, by the name it is saved under; the base's weights made of these; PASTA's vectors; the
-    projections of adapters; a prompt; and a prefix."""
+    projections of adapters; those of fusions, and of the adapters that they fuse; a prompt; and a prefix."""
 
     leaves: dict[str, Tensor]
     weights: dict[str, Tensor]
     vectors: dict[str, Tensor]
     adapters: dict[str, dict[str, Tensor]]
+    fusions: dict[str, dict[str, Tensor]]
+    fused: list[dict[str, dict[str, Tensor]]]
     prompt: Tensor | None = None
     prefix: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, base: nn.Module) -> ByHand:
-        (attachment,) = pefttutor.attached(model).values()
+        attachment = its_own(model)
         saved, method = attachment.tensors(model), attachment.method
         W = {name: t.detach() for name, t in (*base.named_parameters(), *base.named_buffers())}
         trained = {
@@ -253,7 +269,12 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors, prompt, prefix = {}, {}, None, None
-        adapters: dict[str, dict[str, Tensor]] = {}
+        adapters, fusions = _by_layer(leaves, "adapter_"), _by_layer(leaves, "fusion_")
+        fused = [
+            _by_layer(a.tensors(model), "adapter_")
+            for a in pefttutor.attached(model).values()
+            if a is not attachment
+        ]
         for name, leaf in leaves.items():
             path, _, key = name.rpartition(".")
             full, _, ending = name.rpartition("_")
@@ -287,6 +308,10 @@ class ByHand:
                 made[weight] = W[weight] * (leaf if on_input != turned else leaf[:, None])
                 if bias in W and not on_input:
                     made[bias] = W[bias] * leaf
+            elif key == "ssf_scale":
+                made[weight] = W[weight] * (leaf if turned else leaf.view(-1, *[1] * (W[weight].dim() - 1)))
+                if f"{path}.ssf_shift" in leaves:
+                    made[bias] = W[bias] * leaf + leaves[f"{path}.ssf_shift"]
             elif ending == "values":
                 place = saved[f"{full}_index"].long()
                 made[full] = W[full].flatten().index_put((place,), leaf).view_as(W[full])
@@ -307,11 +332,26 @@ class ByHand:
                 prefix = leaf
             elif key.startswith("ptuning_"):
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
-            elif key.startswith("adapter_"):
-                adapters.setdefault(path, {})[key.removeprefix("adapter_")] = leaf
-            elif key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms"):
+            elif not key.startswith(("adapter_", "fusion_", "ssf_shift")) and (
+                key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")
+            ):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
-        return cls(leaves, made, vectors, adapters, prompt, prefix)
+        return cls(leaves, made, vectors, adapters, fusions, fused, prompt, prefix)
+
+
+def _by_layer(tensors: Mapping[str, Tensor], start: str) -> dict[str, dict[str, Tensor]]:
+    """Those whose key begins so, without that beginning, by their layer."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        if key.startswith(start):
+            found.setdefault(path, {})[key.removeprefix(start)] = tensor
+    return found
+
+
+def its_own(model: nn.Module) -> Any:
+    """The attachment of the method that is tested, whatever it stands on."""
+    return pefttutor.attached(model)["default"]
 
 
 @contextlib.contextmanager
@@ -340,12 +380,39 @@ def _adapters(base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], met
     """Adapters by hand: what a layer gives, and s times two matrices with GELU between them applied to it."""
 
     def add(w: Mapping[str, Tensor], layer: nn.Module, args: Any, h: Tensor) -> Tensor:
-        narrow = torch.nn.functional.gelu(h @ w["down"].t() + w["down_bias"])
-        return h + method.scaling * (narrow @ w["up"].t() + w["up_bias"])
+        return h + method.scaling * _branch(w, h)
 
     handles = [
         base.get_submodule(path).register_forward_hook(functools.partial(add, weights))
         for path, weights in adapters.items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _branch(w: Mapping[str, Tensor], h: Tensor) -> Tensor:
+    narrow = torch.nn.functional.gelu(h @ w["down"].t() + w["down_bias"])
+    return narrow @ w["up"].t() + w["up_bias"]
+
+
+@contextlib.contextmanager
+def _fusions(
+    base: nn.Module, fusions: Mapping[str, Mapping[str, Tensor]], fused: Iterable[Any]
+) -> Iterator[None]:
+    """Fusions by hand: attention of what a layer gives over what its adapters, with s = 2, add to it."""
+
+    def add(path: str, layer: nn.Module, args: Any, h: Tensor) -> Tensor:
+        w, z = fusions[path], [2.0 * _branch(adapters[path], h) for adapters in fused]
+        query = h @ w["query"].t() + w["query_bias"]
+        scores = torch.stack([(query * (each @ w["key"].t())).sum(-1) for each in z])
+        chosen = [
+            s[..., None] * (each @ w["value"].t()) for s, each in zip(scores.softmax(0), z, strict=True)
+        ]
+        return h + sum(chosen)
+
+    handles = [
+        base.get_submodule(path).register_forward_hook(functools.partial(add, path)) for path in fusions
     ]
     yield
     for handle in handles:
@@ -450,10 +517,11 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
         ByHand.of(model, base),
         dict(batch) if "labels" in batch else {**batch, "return_loss": True},
     )
-    method = pefttutor.adapted(model)
+    method = its_own(model).method
     with contextlib.ExitStack() as stack:
         stack.enter_context(_special(base, by_hand.vectors, batch, method))
         stack.enter_context(_adapters(base, by_hand.adapters, method))
+        stack.enter_context(_fusions(base, by_hand.fusions, by_hand.fused))
         if by_hand.prompt is not None:
             inputs = stack.enter_context(_prompted(base, by_hand.prompt, inputs))
         if by_hand.prefix is not None:
@@ -469,7 +537,7 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """What trains, by the name it is saved under, and its gradient."""
-    (attachment,) = pefttutor.attached(model).values()
+    attachment = its_own(model)
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: p.grad for p in attachment.trained() if p.requires_grad}
 
@@ -520,8 +588,15 @@ class Cell:
             [in_half(row) for row in source] if half and isinstance(source, list) else source
             for source in given.sources
         ]
+        given.before(model)
         given.method.attach(model, *sources)
         given.prepare(model, given.method)
+
+    def prepared(self) -> Any:
+        """The base, with what it must carry before."""
+        model = self.kind.build()
+        set_up(self.method, self.kind, model).before(model)
+        return model
 
 
 def run(architecture: str, method: str) -> Cell:
@@ -695,18 +770,16 @@ def _check_alike(one: Any, other: Any) -> None:
 def check_frozen(cell: Cell, model: Any) -> None:
     """A real run of `fit` with weight decay: only what is saved may have changed, and that has."""
     needs_training(cell)
-    base = cell.kind.build()
-    before = Form.of(base).tensors
+    before = Form.of(cell.prepared()).tensors
     rows = rows_of(cell.batch())
-    right = right_gradients(model, base, cell.batch())
+    right = right_gradients(model, cell.kind.build(), cell.batch())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pefttutor.fit(
             model, rows, steps=2, batch_size=3, lr=1e-2, weight_decay=0.1, warmup=0.0, progress=False,
             loss=None if "labels" in rows[0] else loss_of,
         )  # fmt: skip
-    (attachment,) = pefttutor.attached(model).values()
-    saved = attachment.tensors(model)
+    saved = its_own(model).tensors(model)
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, was in before.items():
         if name in saved:
@@ -736,8 +809,8 @@ def check_frozen(cell: Cell, model: Any) -> None:
 def check_saving(cell: Cell, model: Any) -> None:
     needs_training(cell)
     with tempfile.TemporaryDirectory() as folder:
-        pefttutor.save(model, folder)
-        again = pefttutor.load(cell.kind.build(), folder)
+        pefttutor.save(model, folder, name="default")
+        again = pefttutor.load(cell.prepared(), folder)
     batch = cell.batch()
     here, there = said(model, batch), said(again, batch)
     differ = [
@@ -837,7 +910,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{
         name: {_NOT_LINEAR: ("ResNet",)}
-        for name in ("AdaLoRA", "Adapter", "DeltaLoRA", "IA3", "LoRA", "ReLoRA", *LIKE_LORA)
+        for name in ("AdaLoRA", "Adapter", "AdapterFusion", "DeltaLoRA", "IA3", "LoRA", "ReLoRA", *LIKE_LORA)
     },
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(

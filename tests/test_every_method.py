@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import pefttutor as pt
-from pefttutor.method import Counts, Method
+from pefttutor.method import DEFAULT, Counts, Method
 from pefttutor.parts.entries import entries
 from pefttutor.train.hooks import Hooks
 from pefttutor.train.losses import causal_lm_loss
@@ -44,6 +44,7 @@ from tests.cases import (
     base_answer,
     base_of,
     batch_of,
+    beneath,
     everything,
     fresh,
     gradients,
@@ -52,6 +53,7 @@ from tests.cases import (
     looked_at,
     loss_of,
     moved,
+    prepared,
     said,
 )
 from tests.pictures import differences, ours, picture, tensors
@@ -150,9 +152,9 @@ def test_exactly_that_trains_which_the_closed_formula_says(name, kind):
         assert sum(chosen.values()) == expected
         expected = chosen
     assert pt.trainable(model) == expected
-    assert pt.adapted(model) == method
+    assert pt.adapted(model, DEFAULT) == method
     if isinstance(method, Counts):
-        assert method.count(base_of(kind)) == method.count(model) == sum(expected.values())
+        assert method.count(prepared(name, kind)) == method.count(model) == sum(expected.values())
 
 
 # ---- training
@@ -182,7 +184,7 @@ def train(model: nn.Module, inputs: dict[str, Tensor], optimizer: str, steps: in
 @cells()
 def test_three_steps_of_each_optimizer_leave_every_frozen_bit_alone(name, kind):
     """First with SGD, then with AdamW, both with weight decay; what trains gets a gradient, and moves."""
-    model, base = attached_to(name, kind), set(tensors(base_of(kind)))
+    model, base = attached_to(name, kind), beneath(name, kind)
     before, trains = tensors(model), set(pt.trainable(model))
     for optimizer in OPTIMIZERS:
         assert train(model, batch_of(kind), optimizer) == trains
@@ -231,7 +233,8 @@ def test_next_to_bfloat16_it_starts_as_the_base_and_learns(name, kind):
     changed = set(differences(before, tensors(model)))
     assert len(learned & changed) > 0.9 * len(learned)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert {p.dtype for n, p in model.named_parameters() if n in before and n not in learned} <= {BF16}
+    others = learned | (beneath(name, kind) - set(tensors(base)))  # what it stands on is no part of the base
+    assert {p.dtype for n, p in model.named_parameters() if n in before and n not in others} <= {BF16}
     pt.detach(model)
     assert differences(tensors(base), tensors(model)) == []
 
@@ -282,8 +285,8 @@ def test_what_trains_nothing_says_so_when_it_is_to_be_trained_or_saved(name, tmp
 @cells(learns=True)
 def test_saved_and_loaded_onto_a_fresh_base_it_gives_identical_outputs(name, kind, tmp_path):
     model = looked_at(name, kind)
-    pt.save(model, tmp_path)
-    again = pt.load(fresh(kind), tmp_path)
+    pt.save(model, tmp_path, name=DEFAULT)
+    again = pt.load(prepared(name, kind), tmp_path)
     assert torch.equal(answer(again, batch_of(kind)), said(name, kind))
     assert pt.trainable(again) == pt.trainable(model)
     assert differences(tensors(model), tensors(again)) == []
@@ -457,7 +460,7 @@ def test_a_cache_of_fixed_length_says_the_same_or_is_refused_with_what_to_leave_
 
 @on_the_smallest
 def test_a_new_head_trains_fully_beside_it_and_is_saved(name, kind, tmp_path):
-    case, model = CASES[name], fresh(kind)
+    case, model = CASES[name], prepared(name, kind)
     if not hasattr(case.make(kind), "modules_to_save"):
         assert everything == case.trains  # it trains a head as all else
         return
@@ -468,8 +471,8 @@ def test_a_new_head_trains_fully_beside_it_and_is_saved(name, kind, tmp_path):
     assert all(trains[n] == base_of(kind).get_parameter(n).numel() for n in HEAD_WEIGHTS[kind])
     assert not any(n.startswith(tuple(f"{weight}_" for weight in HEAD_WEIGHTS[kind])) for n in trains)
     train(moved(model), batch_of(kind), "adamw", steps=1)
-    pt.save(model, tmp_path)
-    other = fresh(kind)
+    pt.save(model, tmp_path, name=DEFAULT)
+    other = prepared(name, kind)
     other.classifier.weight.data.mul_(3)  # a new head starts at random: it is no part of the base
     assert torch.equal(answer(pt.load(other, tmp_path), batch_of(kind)), answer(model, batch_of(kind)))
 

@@ -3,9 +3,21 @@
 from pefttutor.additive.input.prompt import PromptTuning
 from pefttutor.additive.input.ptuning import PTuning
 from pefttutor.additive.inside.adapter import Adapter
+from pefttutor.additive.inside.fusion import AdapterFusion
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
 from pefttutor.additive.inside.prefix import PrefixTuning
+from pefttutor.additive.inside.ssf import SSF
 from pefttutor.additive.output.proxy import ProxyTuning
 
-__all__ = ["IA3", "PASTA", "Adapter", "PTuning", "PrefixTuning", "PromptTuning", "ProxyTuning"]
+__all__ = [
+    "IA3",
+    "PASTA",
+    "SSF",
+    "Adapter",
+    "AdapterFusion",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "ProxyTuning",
+]

@@ -54,7 +54,8 @@ class Attachment:
 
     parts: what was put in, in the order in which it acts. active: whether it takes effect. trains: whether it
     learns while it does. merged: whether it is folded into the weights at the moment. start: the checksums of the
-    parameters that it has added, as they were when it was attached (`parts.movement`).
+    parameters that it has added, as they were when it was attached (`parts.movement`). reads: others that it computes
+    with: they don't act by themselves while it does, and can't be taken out before it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Attachment:
     trains: bool = True
     merged: bool = False
     start: dict[str, tuple[str, int] | None] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
 
     def add(self, part: Part) -> None:
         """Take another part in."""
@@ -73,8 +75,14 @@ class Attachment:
     def learns(self) -> bool:
         return self.active and self.trains
 
+    def switch(self, on: bool) -> None:
+        """Let all its parts take effect, or none."""
+        for part in self.parts if on else reversed(self.parts):
+            part.switch(on)
+        self.active = on
+
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that train while this attachment does, each once."""
+        """What trains while this attachment does, each parameter once."""
         return list(dict.fromkeys(p for part in self.parts for p in part.trained()))
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
@@ -166,7 +174,7 @@ def attaching(model: nn.Module, method: Any, name: str = DEFAULT) -> Iterator[At
     with torch.inference_mode(False), restored_on_error(model):
         carried = before or Attachments(
             {},
-            _described(model),
+            None if any(p.is_meta for p in model.parameters()) else describe_base(model, without=()),
             frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
         )
         new = Attachment(name, method)
@@ -176,6 +184,8 @@ def attaching(model: nn.Module, method: Any, name: str = DEFAULT) -> Iterator[At
         check_apart(carried, new)
         added = [pair for part in new.parts if not part.changed_in_place() for pair in part.saved()]
         new.start = {key: checksum(tensor) for key, tensor in added}
+        for other in [a for a in carried.by_name.values() if a.active and a.name in new.reads]:
+            other.switch(False)
         vars(model)["_pefttutor"] = Attachments({**carried.by_name, name: new}, carried.base, carried.trained)
         vars(model)["_pefttutor"].apply(model)
         open_to_checkpointing(model)
@@ -245,8 +255,3 @@ def check_apart(carried: Attachments, new: Attachment, *, switched: bool = False
                 f"both change {shared[0]!r} in place ({len(shared)} such tensors). Switch that one off first: "
                 "pefttutor.switch(model)."
             )
-
-
-def _described(model: nn.Module) -> dict[str, Any] | None:
-    """`describe_base`, or None where nothing has a value."""
-    return None if any(p.is_meta for p in model.parameters()) else describe_base(model, without=())

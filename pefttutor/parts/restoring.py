@@ -17,6 +17,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     before = [
         (module, type(module), dict(vars(module)), _copied_tables(module)) for module in model.modules()
     ]
+    carried = vars(model).get("_pefttutor")
+    active = [(a, a.active) for a in carried.by_name.values()] if carried else []
     trains = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         yield
@@ -28,6 +30,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             for key, entries in tables.items():  # in place: hook handles refer to these very tables
                 attributes[key].clear()
                 attributes[key].update(entries)
+        for attachment in [a for a, was in active if a.active != was]:  # a new one may have switched it off
+            attachment.switch(not attachment.active)
         for parameter, (requires_grad, grad) in trains.items():
             parameter.requires_grad_(requires_grad).grad = grad
         raise

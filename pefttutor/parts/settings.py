@@ -63,7 +63,7 @@ def check_names(method: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(method, name)
-        if isinstance(value, str) and name == "modules_to_save":
+        if isinstance(value, str) and name in ("modules_to_save", "adapters"):
             raise ValueError(f"{name} is a string; write ({value!r},).")
         if isinstance(value, str) or value is None:
             continue

@@ -31,8 +31,8 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
     >>> trainable(switch(model, "german"))
     {'0.lora_A@german': 8, '0.lora_B@german': 8}
 
-    Raises: ValueError for a name that isn't there, one that is merged, two that change the same tensor in place, or
-        `train` that names others. Nothing has been changed then.
+    Raises: ValueError for a name that isn't there, one that is merged, two that change the same tensor in place, one
+        that computes with another one of them, or `train` that names others. Nothing has been changed then.
     """
     carried = _carried(model)
     chosen, learning = [find(model, name) for name in names], names if train is None else train
@@ -45,25 +45,24 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
                 f"{attachment.name!r} is merged into the weights: pefttutor.unmerge(model) first."
             )
     for i, attachment in enumerate(chosen):
+        if inside := set(attachment.reads) & set(names):
+            raise ValueError(
+                f"{attachment.name!r} ({type(attachment.method).__name__}) computes with {min(inside)!r} already, and "
+                "that would act twice: switch on one of the two."
+            )
         check_apart(
             Attachments({a.name: a for a in chosen[:i]}, None, frozenset()), attachment, switched=True
         )
     for attachment in reversed([a for a in changing if a.active]):
-        _switch(attachment, False)
+        attachment.switch(False)
     for attachment in [a for a in changing if a in chosen]:
-        _switch(attachment, True)
+        attachment.switch(True)
     for part in [part for a in carried.by_name.values() if a.active and changing for part in a.parts]:
         part.in_turn()
     for attachment in chosen:
         attachment.trains = attachment.name in learning
     carried.apply(model)
     return model
-
-
-def _switch(attachment: Attachment, on: bool) -> None:
-    for part in attachment.parts if on else reversed(attachment.parts):
-        part.switch(on)
-    attachment.active = on
 
 
 # ---- folding into the weights, and taking out
@@ -138,11 +137,17 @@ def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
     >>> type(model[0]).__name__, type(detach(model)[0]).__name__
     ('AdaptedLinear', 'Linear')
 
-    Raises: ValueError for a name that isn't there, or with `keep` an attachment that can't be folded in; RuntimeError
-        if nothing is attached. Nothing has been changed then.
+    Raises: ValueError for a name that isn't there, one that another attachment computes with, or with `keep` one that
+        can't be folded in; RuntimeError if nothing is attached. Nothing has been changed then.
     """
     carried = _carried(model)
     chosen = _chosen(model, names, list(carried.by_name.values()))
+    for other in [a for a in carried.by_name.values() if a not in chosen]:
+        if read := [attachment.name for attachment in chosen if attachment.name in other.reads]:
+            raise ValueError(
+                f"{other.name!r} ({type(other.method).__name__}) computes with {read[0]!r}: take that one out first, "
+                f"or both, pefttutor.detach(model, {other.name!r}, {read[0]!r})."
+            )
     for attachment in chosen if keep else ():
         _check_foldable(model, attachment, chosen, for_good=True)
     unmerged = [attachment.name for attachment in chosen if not attachment.merged]
@@ -155,7 +160,7 @@ def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
         elif attachment.merged:
             _unmerge([attachment])
         if attachment.active and not keep:
-            _switch(attachment, False)
+            attachment.switch(False)
         for part in reversed(attachment.parts):
             part.remove()
         del carried.by_name[attachment.name]

@@ -19,10 +19,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from pefttutor.catalog import methods
-from pefttutor.method import DEFAULT, Method, find
+from pefttutor.method import DEFAULT, Attachment, Method, find
 from pefttutor.parts.attachment import base_of
 from pefttutor.parts.entries import saved_choice, train_entries
-from pefttutor.parts.fingerprint import check_base
+from pefttutor.parts.fingerprint import check_base, describe_base, problems
 from pefttutor.parts.modules import find_modules
 from pefttutor.saving.contents import filled, savable
 from pefttutor.saving.files import write_atomically
@@ -68,12 +68,21 @@ def description(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     Raises: ValueError if there is no such attachment, or several and no name.
     """
     attachment = find(model, name)
-    return {
+    about = {
         "format": FORMAT,
         "method": type(attachment.method).__name__,
         "fields": _fields(model, attachment.method),
         "base": base_of(model, without=attachment.tensors(model)),
     }
+    return about | ({"reads": _others(model, attachment)} if attachment.reads else {})
+
+
+def _others(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+    """What the attachments hold that this one computes with, described as a base is."""
+    parts = [part for name in attachment.reads for part in find(model, name).parts]
+    held = {id(tensor) for part in parts for tensor in part.added()}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return describe_base(model, without=[name for name, tensor in named if id(tensor) not in held])
 
 
 def _fields(model: nn.Module, method: Any) -> dict[str, Any]:
@@ -106,11 +115,23 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAUL
     method = _method(about, path)
     check_base(base_of(model, without=tensors), about["base"])
     resolved = _resolved(method, tensors, model)
-    attachment = filled(
-        model, name, lambda: _attach(model, resolved, tensors, name), lambda fresh: tensors, path
-    )
+
+    def attach() -> None:
+        _attach(model, resolved, tensors, name)
+        _check_read(model, find(model, name), about, path)
+
+    attachment = filled(model, name, attach, lambda fresh: tensors, path)
     attachment.method = method
     return model
+
+
+def _check_read(model: nn.Module, attachment: Attachment, about: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if the attachment computes with others than it was trained with."""
+    if others := problems(_others(model, attachment), about.get("reads", {})):
+        raise ValueError(
+            f"{path} holds what computes with {attachment.reads}, and these were others: here {others[0]}. Load "
+            "first, under these names, the adapters that it was trained with."
+        )
 
 
 def _attach(model: nn.Module, method: Any, tensors: dict[str, Tensor], name: str) -> None:
@@ -159,7 +180,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged: its description isn't JSON ({error}).") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{path} isn't of format {FORMAT}, the one this pefttutor reads: update pefttutor?")
-    if not all(isinstance(description.get(key), dict) for key in ("fields", "base")):
+    needed = [description.get("fields"), description.get("base"), description.get("reads", {})]
+    if not all(isinstance(each, dict) for each in needed):
         raise ValueError(f"{path} is damaged: its description lacks the method's fields or the base.")
     return description, tensors
 

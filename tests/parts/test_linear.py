@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from pefttutor import LoRA, detach, merge, unmerge
+from pefttutor import Adapter, LoRA, detach, merge, unmerge
 from pefttutor.parts.linear import (
     all_linear,
     dense_weight,
@@ -188,6 +188,13 @@ def test_lora_on_a_proven_subclass_computes_merges_and_goes_again(make):
     detach(model)
     assert type(model["it"]) is make
     assert torch.equal(model["it"](x), before)
+
+
+def test_a_changed_subclass_is_taken_for_what_its_own_class_computes():
+    """Or a second adapter would find no place beside the first."""
+    model = nn.ModuleDict({"it": FalconLinear(4, 3)})
+    moved(Adapter(bottleneck=2, target_modules=("it",)).attach(model))
+    assert why_not_linear(model["it"]) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit"])

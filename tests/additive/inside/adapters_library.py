@@ -1,4 +1,4 @@
-"""What the library `adapters` makes of tiny models with bottleneck adapters, written to a small file.
+"""What the library `adapters` makes of tiny models with bottleneck adapters and fusions, written to a small file.
 
 It needs an older transformers than the package, so it is run in an environment of its own, and its results are stored:
 
@@ -6,8 +6,8 @@ It needs an older transformers than the package, so it is run in an environment 
     ENV/bin/python tests/additive/inside/adapters_library.py
 
 The file beside this one has for each model its weights and for each case the adapters, both exact in float32, and in
-float64 the last hidden states h and the gradients of Σ h ⊙ w for w = linspace(-1, 1): those of the adapters, and with
-Houlsby's those of the base's norms, which he trains too.
+float64 the last hidden states h and the gradients of Σ h ⊙ w for w = linspace(-1, 1): those of the adapters and of the
+fusions, and with Houlsby's those of the base's norms, which he trains too.
 Last written with adapters 1.3.0, transformers 4.57.6, torch 2.13.0.
 """
 
@@ -64,15 +64,22 @@ def is_norm(name: str) -> bool:
     return "norm" in name.lower()
 
 
-def run(kind: str, config: object, *, norms: bool) -> dict[str, Tensor]:
+def run(kind: str, config: object, *, fused: bool, norms: bool) -> dict[str, Tensor]:
     """One case, in the library's own names."""
     import adapters
+    from adapters.composition import Fuse
 
     model = model_of(kind)
     base = {name for name, _ in model.named_parameters()}
     adapters.init(model)
-    model.add_adapter("a", config=config)
-    model.set_active_adapters("a")
+    names = ("a", "b") if fused else ("a",)
+    for name in names:
+        model.add_adapter(name, config=config)
+    if fused:
+        model.add_adapter_fusion(list(names))
+        model.set_active_adapters(Fuse(*names))
+    else:
+        model.set_active_adapters("a")
     added = {name: p for name, p in model.named_parameters() if name not in base}
     spread(nn.ParameterList(added.values()), seed=1)
     model.double().eval()
@@ -107,10 +114,12 @@ def main() -> None:
         for kind in CONFIGS
         for name, p in model_of(kind).named_parameters()
     }
-    cases = [("bert", name) for name in configs] + [("llama", "houlsby"), ("llama", "pfeiffer")]
-    for kind, name in cases:
-        found = run(kind, configs[name], norms=name == "houlsby")
-        tensors |= {f"{kind}-{name}/{key}": value for key, value in found.items()}
+    cases = [("bert", name, False) for name in configs]
+    cases += [("llama", "houlsby", False), ("llama", "pfeiffer", False)]
+    cases += [("bert", "pfeiffer", True), ("bert", "at-norm", True), ("llama", "pfeiffer", True)]
+    for kind, name, fused in cases:
+        found = run(kind, configs[name], fused=fused, norms=name == "houlsby")
+        tensors |= {f"{kind}-{'fused-' * fused}{name}/{key}": value for key, value in found.items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, FILE)
     print(
         f"adapters {adapters.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
