@@ -343,7 +343,7 @@ CASES = {
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
     "DeltaLoRA": Case(
-        lambda kind: pt.DeltaLoRA(r=2, lora_alpha=3, start_steps=2, target_modules=TARGETS[kind]), of_lora
+        lambda kind: pt.DeltaLoRA(r=2, lora_alpha=3, start_steps=1, target_modules=TARGETS[kind]), of_lora
     ),
     "DiffPruning": Case(lambda kind: pt.DiffPruning(), of_diff_pruning),
     "DoRA": Case(lambda kind: pt.DoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_dora),

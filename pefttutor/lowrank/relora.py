@@ -125,6 +125,9 @@ class ReLoRA:
                 generator = torch.Generator().manual_seed(self.init_seed + int(counter))
                 for part in _low_rank(attachment):
                     merge_and_restart(part, generator)
+                    for key, factor in part.saved():
+                        if not factor.any():  # B is at its start again, and yet has moved
+                            attachment.start.pop(key, None)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether anything was merged."""
