@@ -2,8 +2,9 @@
 
     python data/lessons/03/compare_base.py        after compare_small.py; goes on where it was stopped
 
-A run of campus-base takes as long as ten of campus-nano: no rate is searched. Lesson 03 reads the table,
-compare_base.jsonl.
+A run of campus-base takes as long as ten of campus-nano: no rate is searched. The prompt's is the one
+that compare_small.jsonl has found, so that table must be there first; `authoring tables --train` goes by name and would
+begin here. Lesson 03 reads the table, compare_base.jsonl.
 """
 
 import runpy
