@@ -446,7 +446,8 @@ def test_generating_with_a_cache_says_the_same_as_without(name, kind, monkeypatc
 @cells("llama")
 def test_a_cache_of_fixed_length_says_the_same_or_is_refused_with_what_to_leave_out(name, kind):
     inputs = {key: value for key, value in batch_of(kind, "left").items() if key != "labels"}
-    model, how = looked_at(name, kind), {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 2}
+    model = copy.deepcopy(looked_at(name, kind))  # generate keeps such a cache in the model
+    how = {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 2}
     if name in ITS_OWN_CACHES:
         with pytest.raises(ValueError, match="leave cache_implementation out"):
             model.generate(**inputs, **how, cache_implementation="static")
