@@ -20,15 +20,21 @@ _DETAILS = re.compile(r"<details\b([^>]*)>\s*<summary>(.*?)</summary>", re.DOTAL
 
 
 def exercises(document: Document) -> Iterator[Problem]:
-    """Two to four exercises, numbered 1…n, each with its stub right before its check and its hints right after."""
-    if document.number is None:
+    """Two to four exercises, each with its stub right before its check and its hints right after.
+
+    They are numbered 1…n; an appendix may have some, too, which go on from its lesson's.
+    """
+    if document.number is None and not document.appendix:
         return
-    checks = [(i, cell) for i, cell in enumerate(document.cells) if _is_check(cell)]
-    if len(checks) not in EXERCISES:
+    lesson, before = document.path.name[:2], 0
+    checks = _checks(document)
+    if document.appendix:
+        before = sum(len(_checks(Document(path))) for path in document.path.parent.glob(f"{lesson}_*.ipynb"))
+    elif len(checks) not in EXERCISES:
         what = f"{len(checks)} exercise checks, expected {EXERCISES.start} to {EXERCISES.stop - 1}"
         yield document.problem("file", "exercises", what)
-    for nth, (i, cell) in enumerate(checks, start=1):
-        match, number = _CHECK.search(cell.source), f"{document.number:02}.{nth}"
+    for nth, (i, cell) in enumerate(checks, start=before + 1):
+        match, number = _CHECK.search(cell.source), f"{lesson}.{nth}"
         if (
             match is None
             or (match["lesson"], match["nth"]) != (number[:2], number[3:])
@@ -39,6 +45,11 @@ def exercises(document: Document) -> Iterator[Problem]:
             continue
         yield from _stub(document, i, number, match["to"])
         yield from _help(document, i, number)
+
+
+def _checks(document: Document) -> list[tuple[int, Any]]:
+    """(place among the cells, cell) of every exercise's check."""
+    return [(i, cell) for i, cell in enumerate(document.cells) if _is_check(cell)]
 
 
 def _is_check(cell: Any) -> bool:

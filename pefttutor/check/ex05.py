@@ -1,4 +1,4 @@
-"""Notebook 05, adapters: the bottleneck and its start, its place in a sublayer, the count, and AdapterDrop."""
+"""Notebook 05, adapters: the bottleneck and its start, its place in a sublayer, the count; in 05b AdapterDrop."""
 
 from __future__ import annotations
 
