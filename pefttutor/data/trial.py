@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ __all__ = [
     "settings",
     "special_tokens",
     "trial",
+    "trying",
 ]
+
+_TRYING: ContextVar[bool] = ContextVar("trying", default=False)
 
 
 @contextmanager
@@ -71,12 +75,26 @@ def trial(model: nn.Module) -> Iterator[None]:
     """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     configs = [(vars(config), dict(vars(config))) for config in _configs(model)]
+    outside = _TRYING.set(True)
     try:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices), fresh_casts():
             yield
     finally:
+        _TRYING.reset(outside)
         for config, before in configs:  # transformers notes there of which kind the first labels were
             config.update(before)
+
+
+def trying() -> bool:
+    """Whether a `trial` is going on: its text is nobody's, so that nothing need be refused about it.
+
+    >>> with trial(nn.Linear(1, 1)):
+    ...     trying()
+    True
+    >>> trying()
+    False
+    """
+    return _TRYING.get()
 
 
 def settings(model: nn.Module) -> list[Any]:

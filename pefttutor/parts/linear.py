@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["all_linear", "dense_weight", "is_plain", "sizes", "stored_as", "transposed", "why_not_linear"]
+__all__ = [
+    "all_linear",
+    "dense_weight",
+    "is_plain",
+    "own_class",
+    "sizes",
+    "stored_as",
+    "transposed",
+    "why_not_linear",
+]
 
 
 def _kinds() -> dict[type, bool]:
@@ -30,7 +39,7 @@ def _kinds() -> dict[type, bool]:
     return kinds
 
 
-def _own(layer: nn.Module) -> type:
+def own_class(layer: nn.Module) -> type:
     """The layer's class, without what an attached method has made of it."""
     return next(kind for kind in type(layer).__mro__ if not vars(kind).get("_adapted", False))
 
@@ -42,7 +51,7 @@ def transposed(layer: nn.Module) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer is exactly an `nn.Linear`, `Conv1D` or `nn.Embedding`, so that its formula is known."""
-    return _own(layer) in _kinds()
+    return own_class(layer) in _kinds()
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
@@ -74,8 +83,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if callable(dense):
         return dense()
     raise ValueError(
-        f"a {_own(layer).__name__} has no dense weight: it is {_weight_of(layer)}. Its weight can't be read or merged "
-        "into; dequantise the layer first."
+        f"a {own_class(layer).__name__} has no dense weight: it is {_weight_of(layer)}. Its weight can't be read or "
+        "merged into; dequantise the layer first."
     )
 
 
@@ -108,7 +117,7 @@ def why_not_linear(layer: nn.Module) -> str | None:
     if getattr(layer, "max_norm", None) is not None:
         return "it has max_norm, which rewrites its weight in every forward pass"
     if isinstance(layer, tuple(_kinds())):
-        return _odd_weight(layer) if _own(layer) in _kinds() else _differs(layer)
+        return _odd_weight(layer) if own_class(layer) in _kinds() else _differs(layer)
     known = sorted(t.__name__ for t in _kinds())
     kind = f"{type(layer).__module__}.{kind}" if kind in known else kind
     if not all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features")):
@@ -139,7 +148,7 @@ def _differs(layer: Any) -> str | None:
     try:
         with torch.no_grad():
             # What attached methods have changed isn't asked: it builds on what the layer's own class computes.
-            kind: Any = _own(layer)
+            kind: Any = own_class(layer)
             compute = partial(kind.forward, layer) if hasattr(layer, "_adapted") else layer
             given, expected = compute(x), expected.detach()
     except Exception as error:

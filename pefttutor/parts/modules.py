@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from pefttutor.parts.called import read_past
 from pefttutor.parts.linear import all_linear, why_not_linear
 
-__all__ = ["find_modules", "linear_targets"]
+__all__ = ["check_called_in_evaluation", "find_modules", "linear_targets"]
 
 # What papers and libraries usually adapt: Llama and ViT, BERT, GPT-2, T5, DistilBERT, GPT-NeoX.
 TYPICAL = (
@@ -89,6 +89,7 @@ def linear_targets(
         found = {name: layer for name, layer in found.items() if name not in past}
         if not found:
             raise ValueError(f"{field} is 'all-linear', and this model has no linear layer but its head.")
+        check_called_in_evaluation(model, found, field)
         return found
     found = find_modules(model, target_modules, why_not, field=field)
     for name in _read_past(model, found):
@@ -96,13 +97,8 @@ def linear_targets(
             f"{field}: {name!r} can't be adapted: this model reads its weight without calling it, so the change "
             "would have no effect. Train all of it with modules_to_save, or leave it out."
         )
+    check_called_in_evaluation(model, found, field)
     for name, layer in found.items():
-        path = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) and _fast_path():
-            raise ValueError(
-                f"{field}: {name!r} can't be adapted: in evaluation nn.TransformerEncoderLayer reads its weight "
-                "without calling it; switch that off with torch.backends.mha.set_fastpath_enabled(False)."
-            )
         if layer in inside:
             raise ValueError(
                 f"{name!r} is a target and part of {inside[layer]!r} in modules_to_save: it can be only one."
@@ -116,8 +112,14 @@ def _read_past(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     return [name for name, weight in weights.items() if id(weight) in past]
 
 
-def _fast_path() -> bool:
-    return torch.backends.mha.get_fastpath_enabled()
+def check_called_in_evaluation(model: nn.Module, names: Iterable[str], field: str) -> None:
+    """Raise ValueError if one of the layers is called in training alone. `field`: what the error calls them."""
+    for name in names if torch.backends.mha.get_fastpath_enabled() else ():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"{field}: {name!r} can't be adapted: in evaluation nn.TransformerEncoderLayer reads its weight "
+                "without calling it; switch that off with torch.backends.mha.set_fastpath_enabled(False)."
+            )
 
 
 def _choices(modules: dict[str, nn.Module], why_not: Callable[[nn.Module], str | None] | None) -> str:

@@ -150,6 +150,7 @@ class Made(Added):
         self.maker.make = Itself(key)
 
 
+@torch.inference_mode(mode=False)  # what is kept could never be trained
 def settle(model: nn.Module, name: str | None, key: str, dropped: Callable[[Any], Any]) -> nn.Module:
     """Drop an attachment's network and keep what it makes; `dropped` gives the method that has none.
 

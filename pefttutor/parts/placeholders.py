@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from pefttutor.data.trial import trying
 from pefttutor.parts.network import Itself, Made, Maker, Network
-from pefttutor.parts.streams import Hooked, cache_made, named_arguments, seen_before
-from pefttutor.parts.virtual_tokens import reading_body
+from pefttutor.parts.streams import Hooked, cache_made, hooked_by, named_arguments, seen_before
+from pefttutor.parts.virtual_tokens import inserted, reading_body
 
 __all__ = ["put_in_places"]
-
-MARK = "_pefttutor_places"  # of a cache that doesn't count what it holds, once it holds a text's beginning
 
 
 class Placed(Made):
@@ -32,11 +32,12 @@ def put_in_places(
     tensors: Mapping[str, Tensor],
     *,
     placeholder: int,
+    note: str,
     what: str,
 ) -> list[Any]:
     """The parts that let `model` read virtual tokens where a text has the token `placeholder`, in their order.
 
-    make, tensors, what: as in `virtual_tokens.put_before`.
+    make, tensors, note, what: as in `virtual_tokens.put_before`.
 
     Shapes: make → (count, d), d the width of the token embeddings.
     Raises: ValueError as `reading_body`, and for a token that the vocabulary doesn't have.
@@ -48,7 +49,7 @@ def put_in_places(
             f"placeholder_token_id is {placeholder}; expected one of the {len(table.weight)} tokens of this model."
         )
     maker = Maker(make)
-    places = _Places(count, placeholder, maker)
+    places = _Places(count, placeholder, maker, note)
     added = Placed([(body, path, key, tensor) for key, tensor in tensors.items()], maker)
     return [added, Hooked([(body, places.read)], after=[(table, places.embed), (body, places.end)])]
 
@@ -57,13 +58,15 @@ def put_in_places(
 class _Places:
     """What happens to each call of the body. It holds no module, so that a copied model is free of the original.
 
-    now: the virtual tokens of this call, or None where it has no place for them.
+    note: what a cache that holds the places is marked with. now: the virtual tokens of this call, and for each token of
+    its texts the number of the one in its place, −1 of a word; None in a call that goes on behind the places.
     """
 
     count: int
     token: int
     make: Maker
-    now: Tensor | None = field(default=None, repr=False)
+    note: str
+    now: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     rank: ClassVar[int] = 1  # see `Hooked`: virtual tokens before a text are there already
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,30 +85,49 @@ class _Places:
                 f"PTuning looks for the token {self.token} in input_ids, and the model was called without them: give "
                 "it input_ids, not inputs_embeds."
             )
+        if any(isinstance(o, _Places) and o.token == self.token and o is not self for o in hooked_by(body)):
+            raise ValueError(
+                f"two attachments would put their virtual tokens in the places of the token {self.token}: switch one "
+                "of them off, pefttutor.switch(model, …), or give it a token of its own."
+            )
         cache, filled = seen_before(named)
-        if filled or (filled is None and vars(cache).get(MARK, False)):
+        marked = cache is not None and vars(cache).get(f"_pefttutor_{self.note}", False)
+        if filled and not marked:
+            raise ValueError(
+                f"this cache was filled without the places of the token {self.token}: compute the text's beginning "
+                "with the adapted model too."
+            )
+        if marked and filled is not False:
             return  # behind the places, which the cache holds
-        found = (ids == self.token).sum(1)
+        places = (ids == self.token) & ~inserted(body, ids)
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            places &= mask[:, -ids.shape[1] :].bool()  # padding is no place
+        found = places.sum(1)
         if bool((found < self.count).any()):
+            if trying():
+                return
             raise ValueError(
                 f"the token {self.token} stands in the texts of this batch {found.tolist()} times; expected "
                 f"{self.count} in each, one for each virtual token."
             )
-        self.now = self.make(body)
-        if filled is None:
-            vars(cache)[MARK] = True
+        nth = places.long().cumsum(1) * places
+        self.now = self.make(body), nth * (nth <= self.count) - 1
+        self._mark(cache)
 
     def embed(self, table: nn.Module, args: Any, output: Tensor) -> Tensor:
         """After the words are embedded: the k-th place of a text gets the k-th virtual token."""
         if self.now is None:
             return output
-        nth = (args[0] == self.token).long().cumsum(1).sub(1)
-        here = (args[0] == self.token) & (nth < self.count)
-        return torch.where(here[..., None], self.now.to(output.dtype)[nth.clamp(0, self.count - 1)], output)
+        virtual, nth = self.now
+        nth = F.pad(nth, (0, output.shape[1] - nth.shape[1]), value=-1)  # Longformer pads to its window
+        return torch.where((nth >= 0)[..., None], virtual.to(output.dtype)[nth.clamp(min=0)], output)
 
     def end(self, body: nn.Module, args: Any, output: Any) -> None:
         """After the body has run: whatever else embeds words gets them as they are."""
         self.now = None
-        cache = cache_made(output)
+        self._mark(cache_made(output))
+
+    def _mark(self, cache: Any) -> None:
         if cache is not None:
-            vars(cache)[MARK] = True
+            vars(cache)[f"_pefttutor_{self.note}"] = True

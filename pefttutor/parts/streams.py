@@ -19,6 +19,7 @@ __all__ = [
     "Hooked",
     "cache_made",
     "hidden_states",
+    "hooked_by",
     "named_arguments",
     "reader",
     "seen_before",
@@ -91,6 +92,11 @@ def _rank(hook: Any) -> int:
     return getattr(getattr(hook, "__self__", None), "rank", -1)
 
 
+def hooked_by(module: nn.Module) -> list[Any]:
+    """Whose methods the hooks before a module's forward are; None stands for a plain function."""
+    return [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+
+
 def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by their names."""
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
@@ -110,6 +116,8 @@ def seen_before(kwargs: dict[str, Any]) -> tuple[Any, bool | None]:
 
 def cache_made(output: Any) -> Any:
     """The cache that a call has made or gone on from, or None."""
+    if isinstance(output, tuple):
+        return next((x for x in output if hasattr(x, "get_seq_length")), None)
     # Its newest name first: transformers 5.24 warns of those of before, which it still answers to.
     found = (getattr(output, key, None) for key in reversed(CACHES))
     return next((cache for cache in found if hasattr(cache, "__dict__")), None)

@@ -68,6 +68,7 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
 # ---- folding into the weights, and taking out
 
 
+@torch.inference_mode(mode=False)  # weights that are made here may be trained later
 def merge(model: nn.Module, *names: str) -> nn.Module:
     """Fold attachments into the weights: the same function at the base's cost. Without names, all that are active.
 
@@ -97,6 +98,7 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
     return model
 
 
+@torch.inference_mode(mode=False)  # weights that are made here may be trained later
 def unmerge(model: nn.Module, *names: str) -> nn.Module:
     """Put the base's weights back, exactly as they were. Without names, for all that are merged.
 
@@ -126,6 +128,7 @@ def _unmerge(chosen: list[Attachment]) -> None:
         attachment.merged = False
 
 
+@torch.inference_mode(mode=False)  # weights that are made here may be trained later
 def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
     """Take attachments out of the model again, all of them without names.
 

@@ -23,6 +23,7 @@ from pefttutor.parts.streams import (
     MADE_FOR_A_CACHE,
     Hooked,
     cache_made,
+    hooked_by,
     named_arguments,
     reader,
     seen_before,
@@ -30,7 +31,7 @@ from pefttutor.parts.streams import (
 )
 from pefttutor.parts.weaving import cut_to, woven
 
-__all__ = ["VirtualTokens", "put_before", "reading_body"]
+__all__ = ["VirtualTokens", "inserted", "put_before", "reading_body"]
 
 EXTENDED = ("attention_mask", "position_ids", "token_type_ids")  # what has a value for each token
 
@@ -104,6 +105,16 @@ def _reads_two(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def inserted(body: nn.Module, ids: Tensor) -> Tensor:
+    """Which of the ids that `body` is called with stand for virtual tokens before a text: (batch, seq) as they are."""
+    found, at = torch.zeros_like(ids, dtype=torch.bool), torch.arange(ids.shape[1], device=ids.device)
+    for stream in hooked_by(body):
+        if isinstance(stream, _Stream) and stream.now is not None:
+            after = stream.now[2][:, None]
+            found |= (at >= after) & (at < after + stream.count)
+    return found
+
+
 @dataclass(eq=False)
 class _Stream:
     """What happens to each call of the body. It holds no module, so that a copied model is free of the original.
@@ -134,7 +145,7 @@ class _Stream:
         batch, n = x.shape[:2]
         _check_known(named, batch, n)
         mask, positions = named.get("attention_mask"), named.get("position_ids")
-        streams = [s for s in map(_owner, body._forward_pre_hooks.values()) if isinstance(s, _Stream)]
+        streams = [s for s in hooked_by(body) if isinstance(s, _Stream)]
         ahead = sum(stream.count for stream in streams[: streams.index(self)])
         if mask is None:
             after = torch.full((batch,), ahead, device=x.device)
@@ -232,10 +243,6 @@ class _Stream:
             padding = mask.bool().long().argmax(1)
             named["encoder_attention_mask"] = woven(mask, mask.new_ones(len(mask), self.count), padding)
         return (), named
-
-
-def _owner(hook: Any) -> Any:
-    return getattr(hook, "__self__", None)
 
 
 def _check_known(named: dict[str, Any], batch: int, n: int) -> None:

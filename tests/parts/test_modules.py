@@ -98,6 +98,8 @@ def test_layers_that_are_read_without_a_call_are_refused_and_taken_once_that_is_
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     with pytest.raises(ValueError, match=r"'0\.linear1' can't be adapted: .*set_fastpath_enabled\(False\)"):
         linear_targets(model, ("linear1",))
+    with pytest.raises(ValueError, match=r"'0\.linear1' can't be adapted: .*set_fastpath_enabled\(False\)"):
+        linear_targets(model, "all-linear")
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         assert list(linear_targets(model, ("linear1",))) == ["0.linear1"]

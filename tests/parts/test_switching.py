@@ -453,3 +453,17 @@ def test_merging_inside_autocast_is_refused():
     ):
         merge(model)
     assert differences(before, picture(model)) == []
+
+
+def test_what_inference_mode_has_merged_or_kept_trains_all_the_same():
+    """Tensors of inference mode could neither be trained nor kept for a backward pass."""
+    model, batch = moved(GERMAN.attach(tiny_model("llama"), name="german")), tiny_batch("llama")
+    with torch.inference_mode():
+        merge(model)
+    BitFit().attach(model, name="bias")
+    assert gradients(model, loss_of(model, batch))
+    with torch.inference_mode():
+        detach(model, "bias")
+        detach(model, keep=True)
+    assert not any(p.is_inference() for p in model.parameters())
+    assert len(gradients(model, loss_of(model, batch))) == len(list(model.parameters()))

@@ -125,7 +125,7 @@ class PTuning:
         if token is None:
             return put_before(model, count, make, tensors, note=key, what=BEFORE)
         return put_in_places(
-            model, count, make, tensors, placeholder=token, what="PTuning stands among a text's"
+            model, count, make, tensors, placeholder=token, note=key, what="PTuning stands among a text's"
         )
 
     def _network(self, width: int, name: str) -> Network:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pefttutor.kernels.precision import unrounded
-from pefttutor.method import DEFAULT, Attachment, attached, attaching, find
+from pefttutor.method import DEFAULT, Attachment, attached, attaching, find, learning
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.bottleneck import Bottleneck
 from pefttutor.parts.freezing import fully_trained, train_fully
@@ -102,8 +102,7 @@ class AdapterFusion:
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep V near I, so that an adapter's output keeps its meaning."""
-        mine = [a for a in attached(model).values() if a.method == self and a.learns]
-        parts = [part for a in mine for part in a.parts if isinstance(part, Fused)]
+        parts = [part for a in learning(model, self) for part in a.parts if isinstance(part, Fused)]
         if not parts or not self.regularization_weight:
             return torch.zeros((), requires_grad=True)
         terms = [_distance_from_identity(part.trained()[-1]) for part in parts]

@@ -27,6 +27,7 @@ from pefttutor.parts.streams import (
     token_ids,
     token_table,
 )
+from pefttutor.parts.virtual_tokens import inserted
 
 __all__ = ["PASTA"]
 
@@ -143,6 +144,7 @@ class _Numbers:
         if ids is None:
             raise ValueError("PASTA finds the special tokens in input_ids; give these, not inputs_embeds.")
         special = torch.isin(ids, torch.tensor(self.special_token_ids, device=ids.device))
+        special &= ~inserted(model, ids)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             special &= mask[:, -ids.shape[1] :].bool()

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.called import read_past
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.layer_change import Compute, LayerChange
-from pefttutor.parts.linear import sizes, why_not_linear
-from pefttutor.parts.modules import find_modules, linear_targets
+from pefttutor.parts.linear import own_class, sizes, why_not_linear
+from pefttutor.parts.modules import check_called_in_evaluation, find_modules, linear_targets
 from pefttutor.parts.norms import is_norm
 from pefttutor.parts.settings import check_names, check_number, check_whole
 
@@ -100,6 +99,7 @@ class SSF:
             *(m for module in saved.values() for m in module.modules()),
         }
         found = {n: m for n, m in model.named_modules() if n and m not in without and _why_not(m) is None}
+        check_called_in_evaluation(model, found, "target_modules")
         past = read_past(model, [m.weight for m in found.values() if isinstance(m.weight, Tensor)])
         return {name: layer for name, layer in found.items() if id(layer.weight) not in past}
 
@@ -136,7 +136,7 @@ class Shifted(LayerChange):
     def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale, *shift = (p.to(weight.dtype) for p in self.trained())
         scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-        return scaled, bias * scale + shift[0] if bias is not None and shift else bias
+        return scaled, None if bias is None else bias * scale + (shift[0] if shift else 0)
 
 
 def _width(layer: Any) -> int:
@@ -153,6 +153,8 @@ def _has_bias(layer: nn.Module) -> bool:
 def _why_not(layer: nn.Module) -> str | None:
     """Why a layer's output can't be scaled by its weight, or None."""
     kind, weight = type(layer).__name__, layer._parameters.get("weight")
+    if "forward" in vars(layer):
+        return why_not_linear(layer)
     if isinstance(layer, nn.Embedding):
         return "it is an Embedding, whose rows are words"
     if isinstance(layer, CONVOLUTIONS):
@@ -171,10 +173,13 @@ def _is_scale(layer: nn.Module, weight: Any) -> bool:
     """Whether a norm gives twice as much with twice the weight and the bias, seen on a few rows."""
     if weight is None or weight.is_meta:
         return weight is not None
-    twice = {k: 2 * p for k, p in layer._parameters.items() if k in ("weight", "bias") and p is not None}
+    kind: Any = own_class(layer)  # what attached methods have changed isn't asked, as in `why_not_linear`
+    doubled = {k: 2 * p for k, p in layer._parameters.items() if k in ("weight", "bias") and p is not None}
+    twice = kind.__new__(kind)
+    vars(twice).update(vars(layer), _parameters=layer._parameters | doubled)
     rows, d = 3 + (weight.numel() == 3), weight.numel()  # never as many as features: a GroupNorm's lie there
     x = torch.linspace(-1, 1, rows * d, device=weight.device).view(1, rows, d).cos().to(weight.dtype)
     try:
-        return torch.allclose(functional_call(layer, twice, (x,)), 2 * layer(x), rtol=1e-2, atol=1e-2)
+        return torch.allclose(kind.forward(twice, x), 2 * kind.forward(layer, x), rtol=1e-2, atol=1e-2)
     except Exception:  # whatever a norm raises here means: its features aren't the last dimension
         return False

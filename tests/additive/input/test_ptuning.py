@@ -10,6 +10,7 @@ from torch import nn
 
 import pefttutor as pt
 from pefttutor import PTuning
+from pefttutor.parts.cached_attention import cache_key
 from tests.cases import answer, gradients, moved
 from tests.pictures import differences, tensors
 from tests.tiny import made, same, tiny_batch, tiny_model, weights
@@ -108,6 +109,13 @@ def test_a_head_that_trains_beside_it_stays_when_the_encoder_goes():
     assert same(weights(model.classifier), head)
     assert set(pt.trainable(model)) == {"bert.ptuning", "classifier.weight", "classifier.bias"}
     assert torch.equal(answer(model, tiny_batch("bert")), expected)
+
+
+def test_what_is_kept_in_inference_mode_can_still_be_trained():
+    model = PTuning(num_virtual_tokens=P).attach(tiny_model("llama"))
+    with torch.inference_mode():
+        pt.adapted(model).drop_encoder(model)
+    assert set(gradients(model, model(**tiny_batch("llama")).loss)) == {"model.ptuning"}
 
 
 def test_the_lstm_drops_out_in_training_alone():
@@ -246,3 +254,116 @@ def test_a_state_space_models_cache_goes_on_behind_the_places():
         model.generate(ids[:, 2:], use_cache=True, do_sample=False, max_new_tokens=4)
     with pytest.raises(ValueError, match=r"\[0\] times; expected 4 in each"):
         model.generate(ids[:, -1:], use_cache=True, do_sample=False, max_new_tokens=4)
+
+
+def places(token: int = PLACE, **settings: object) -> PTuning:
+    return PTuning(num_virtual_tokens=P, encoder="none", placeholder_token_id=token, **settings)
+
+
+BESIDE = {
+    "prompt": pt.PromptTuning(num_virtual_tokens=3),
+    "prefix": pt.PrefixTuning(num_virtual_tokens=3),
+    "pasta": pt.PASTA(special_token_ids=(7, 84), num_special=1),
+    "adapter": pt.Adapter(bottleneck=3),
+}
+
+
+@pytest.mark.parametrize(("kind", "beside"), [("llama", name) for name in BESIDE] + [("t5", "prompt")])
+def test_what_is_tried_out_beside_it_is_tried_with_words_alone(kind, beside):
+    """A trial's text has no places. Which of the two came first makes no difference."""
+    batch, found = template(kind), []
+    for order in (["places", beside], [beside, "places"]):
+        model = tiny_model(kind)
+        for name in order:
+            (BESIDE | {"places": places()})[name].attach(model, name=name)
+        draw = torch.Generator().manual_seed(0)
+        for name in sorted(pt.trainable(model)):
+            p = model.get_parameter(name)
+            p.data.add_(0.1 * torch.randn(p.shape, generator=draw))
+        found.append(model(**batch))
+        assert all(g.abs().max() > 0 for g in gradients(model, found[-1].loss).values())
+        with pytest.raises(ValueError, match=r"\[0, 0\] times; expected 4 in each"):
+            model(
+                input_ids=batch["input_ids"][:2, :1] * 0 + 5,
+                **({"labels": batch["labels"]} if kind == "t5" else {}),
+            )
+    torch.testing.assert_close(found[0].logits, found[1].logits)
+
+
+def test_what_a_model_reads_past_is_still_seen_in_a_trial():
+    """Mamba's dt_proj is never called, and `all-linear` leaves it out."""
+    config = hf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = places().attach(made(hf.MambaForCausalLM, config), name="places")
+    pt.LoRA(r=2, target_modules="all-linear").attach(model, name="lora")
+    adapted = {name.split(".")[-2] for name in pt.trainable(model) if name.endswith("lora_A@lora")}
+    assert adapted == {"in_proj", "x_proj", "out_proj"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_place(side):
+    model, ids = moved(places(0).attach(tiny_model("llama"))), torch.tensor([[7, 0, 8, 0, 0, 0, 9, 3]])
+    zeros, parts = torch.zeros(1, 3, dtype=torch.long), [ids, torch.ones_like(ids)]
+    padded, mask = (torch.cat([zeros, x] if side == "left" else [x, zeros], 1) for x in parts)
+    said = model(input_ids=padded, attention_mask=mask).logits
+    torch.testing.assert_close(said[:, 3:] if side == "left" else said[:, :-3], model(input_ids=ids).logits)
+
+
+def test_the_words_that_stand_for_a_prompt_are_no_places():
+    """A prompt's virtual tokens have an ordinary word's id inside of the model, here 3: that of the places."""
+    batch = template("llama")
+    ids = batch["input_ids"]
+    ids[ids == 3] = 5
+    model = pt.PromptTuning(num_virtual_tokens=P).attach(tiny_model("llama"), name="prompt")
+    moved(places(PLACE).attach(model, name="places"))
+    other = pt.PromptTuning(num_virtual_tokens=P).attach(tiny_model("llama"), name="prompt")
+    places(3).attach(other, name="places")
+    for name in pt.trainable(model):
+        other.get_parameter(name).data.copy_(model.get_parameter(name))
+    expected = model(**batch).logits
+    batch["input_ids"] = ids.masked_fill(ids == PLACE, 3)
+    torch.testing.assert_close(other(**batch).logits, expected)
+
+
+def test_the_words_that_stand_for_a_prompt_are_no_special_tokens():
+    """As above, for PASTA: its vectors go to the text's own."""
+    ids = torch.tensor([[7, 3, 8, 4, 9]])
+    found = []
+    for special in ((3,), (96,)):
+        model = pt.PromptTuning(num_virtual_tokens=P).attach(tiny_model("llama"), name="prompt")
+        moved(pt.PASTA(special_token_ids=special).attach(model, name="pasta"))
+        found.append(model)
+    table = found[1].get_input_embeddings().weight
+    table.data[96] = table.data[3]
+    said = [m(input_ids=x).logits for m, x in zip(found, (ids, ids.masked_fill(ids == 3, 96)), strict=True)]
+    torch.testing.assert_close(*(logits[..., :3] for logits in said))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_two_of_them_have_places_of_their_own(kind):
+    config = hf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = tiny_model(kind) if kind == "llama" else made(hf.MambaForCausalLM, config)
+    places(96).attach(model, name="one")
+    moved(places(95).attach(model, name="two"))
+    ids = torch.tensor([[5, 96, 6, 96, 96, 96, 95, 95, 95, 95, 7]])
+    assert all(g.abs().max() > 0 for g in gradients(model, model(input_ids=ids, labels=ids).loss).values())
+    texts = [model.generate(ids, use_cache=use, do_sample=False, max_new_tokens=4) for use in (True, False)]
+    assert torch.equal(*texts)
+    places(96).attach(model, name="again")
+    with pytest.raises(ValueError, match=r"two attachments .* the places of the token 96: switch one of"):
+        model(input_ids=ids)
+    pt.switch(model, "two", "again")(input_ids=ids)
+
+
+def test_a_cache_that_was_filled_without_the_places_is_refused():
+    model, ids = moved(places().attach(tiny_model("llama"))), torch.tensor([[5, 6, 96, 96, 7, 96, 96]])
+    before = tiny_model("llama")(input_ids=ids[:, :2], use_cache=True, return_dict=False)[-1]
+    with pytest.raises(ValueError, match="filled without the places of the token 96: compute the"):
+        model(input_ids=ids[:, 2:], **{cache_key(model.model): before})
+
+
+@pytest.mark.parametrize("method", [places(), BESIDE["prompt"], BESIDE["pasta"]])
+def test_a_cache_in_a_tuple_is_marked_like_any(method):
+    model, ids = moved(method.attach(tiny_model("llama").model)), torch.tensor([[5, 6, 96, 96, 7, 96, 96, 8]])
+    _, cache = model(input_ids=ids[:, :-1], use_cache=True, return_dict=False)
+    last = model(input_ids=ids[:, -1:], **{cache_key(model): cache}).last_hidden_state
+    torch.testing.assert_close(last, model(input_ids=ids).last_hidden_state[:, -1:], rtol=1e-4, atol=1e-5)

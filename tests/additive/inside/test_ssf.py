@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from pefttutor import SSF, memory, merge, trainable, unmerge
+from pefttutor import SSF, Adapter, memory, merge, switch, trainable, unmerge
 from tests.cases import ARCHITECTURES, answer, batch_of, fresh, gradients, loss_of, moved
 from tests.memory.models import batch_of as batch_for_memory
 from tests.memory.models import held
@@ -92,6 +92,32 @@ def test_without_a_bias_there_is_no_shift_and_a_norm_of_another_formula_is_left_
     model["gemma"], model["table"] = GemmaRMSNorm(6), nn.Embedding(5, 6)
     model["channels"], model["odd"] = nn.GroupNorm(1, 3), nn.GroupNorm(2, 4)
     assert trainable(SSF().attach(model)) == {"up.ssf_scale": 6, "norm.ssf_scale": 6}
+
+
+@pytest.mark.parametrize("first", [SSF(), Adapter(bottleneck=3, target_modules=("output.LayerNorm",))])
+def test_a_norm_that_something_else_has_changed_is_scaled_like_any(first):
+    """What comes after scales what the changed norm gives: it is asked what the norm computes, not what they do."""
+    expected = trainable(SSF().attach(fresh("bert"), name="ssf"))
+    model = SSF().attach(moved(first.attach(fresh("bert"), name="first")), name="ssf")
+    assert trainable(switch(model, "ssf")) == expected
+    SSF(target_modules=("output.LayerNorm",)).attach(model, name="named")
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.Conv1d(6, 6, 1), nn.Linear(6, 6)])
+def test_a_layer_whose_forward_was_replaced_is_not_scaled_in_vain(layer):
+    model = nn.Sequential(layer, nn.Linear(6, 6))
+    layer.forward = layer.forward  # as a library does it that moves inputs to another device
+    assert set(trainable(SSF().attach(model, name="all"))) == {"1.ssf_scale@all", "1.ssf_shift@all"}
+    with pytest.raises(ValueError, match=r"its forward was replaced on the object"):
+        SSF(target_modules=("0",)).attach(model)
+
+
+def test_torchs_encoder_layer_which_reads_past_it_in_evaluation_is_refused():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
+    before = picture(model)
+    with pytest.raises(ValueError, match=r"target_modules: '0\.linear1' .*set_fastpath_enabled\(False\)"):
+        SSF().attach(model)
+    assert differences(before, picture(model)) == []
 
 
 def test_a_quantised_layer_is_scaled_around_and_not_merged():
