@@ -13,7 +13,7 @@ from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.linear import sizes, why_not_linear
 from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.parts.modules import linear_targets
-from pefttutor.parts.settings import check_names, check_number, check_whole
+from pefttutor.parts.settings import check_choice, check_names, check_number, check_whole
 from pefttutor.parts.weight_delta import WeightDelta
 
 __all__ = ["add_lowrank", "check_lowrank", "count_lowrank", "lowrank_targets", "scaling_of"]
@@ -38,6 +38,8 @@ def check_lowrank(
         check_number(method, dropout, least=0, below=1)
     if seed:
         check_whole(method, seed, least=0)
+    if hasattr(method, "use_rslora"):
+        check_choice(method, "use_rslora", (True, False))
     check_names(method, "target_modules", "modules_to_save")
 
 

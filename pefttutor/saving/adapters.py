@@ -176,7 +176,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} wasn't written by pefttutor.save: its header has no 'pefttutor' entry.")
     try:
         description = json.loads(metadata["pefttutor"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its description isn't JSON ({error}).") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{path} isn't of format {FORMAT}, the one this pefttutor reads: update pefttutor?")
@@ -193,7 +193,7 @@ def _method(description: dict[str, Any], path: Path) -> Method:
         raise ValueError(f"{path} is for the method {name!r}; this pefttutor has {', '.join(sorted(known))}.")
     try:
         return known[name](**description["fields"])
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ValueError(f"{path} has a description that doesn't fit {name}: {error}") from error
 
 
@@ -202,7 +202,7 @@ def _check_twin(path: Path, description: dict[str, Any]) -> None:
     twin = path.with_name(DESCRIPTION)
     try:
         same = not twin.is_file() or json.loads(twin.read_text(encoding="utf-8")) == description
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         same = False
     if not same:
         warnings.warn(

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pefttutor.catalog import methods
+from pefttutor.kernels.precision import unrounded
 from pefttutor.method import Attachment, detach
+from pefttutor.parts.attachment import attachments
 from pefttutor.parts.freezing import fully_trained
 from pefttutor.parts.layer_change import LayerChange
 from pefttutor.parts.linear import sizes, stored_as, why_not_linear
@@ -48,14 +52,21 @@ def as_lora(
     0.0
 
     Cost: a singular value decomposition of each changed weight, out·in·min(out, in).
-    Raises: ValueError for what can't be folded into weights, changes that a LoRA can't hold, or none at all;
-        RuntimeError if it is merged, or switched off. The model is then as it was.
+    Raises: ValueError for what can't be folded into weights, what another attachment builds on, changes that a LoRA
+        can't hold, or none at all; RuntimeError if it is merged, or switched off. The model is then as it was.
     Source: Eckart and Young 1936.
     """
     attachment = savable(model, name)
-    kind = type(attachment.method).__name__
-    _check_foldable(attachment)
-    whole = tuple(dict.fromkeys([*getattr(attachment.method, "modules_to_save", ()), *modules_to_save]))
+    lora = methods()["LoRA"](r=r, lora_alpha=r, modules_to_save=modules_to_save)
+    _check_foldable(model, attachment)
+    with unrounded(next(iter(attachment.tensors(model).values()))):
+        return _replaced(model, attachment, lora, leave_out)
+
+
+def _replaced(model: nn.Module, attachment: Attachment, lora: Any, leave_out: bool) -> dict[str, float]:
+    """The relative errors, after `lora` has got its targets and the attachment's place."""
+    kind, r = type(attachment.method).__name__, lora.r
+    whole = tuple(dict.fromkeys([*getattr(attachment.method, "modules_to_save", ()), *lora.modules_to_save]))
     kept = {key for keys in fully_trained(model, whole) for key in keys}
     layers = [part for part in attachment.parts if isinstance(part, LayerChange)]
     became, changes = _in_place(model, [part for part in attachment.parts if part not in layers])
@@ -72,7 +83,7 @@ def as_lora(
             f"{attachment.name!r} ({kind}) has changed no linear layer that takes a LoRA of rank {r}."
         )
     targets = names_for(model, list(deltas))
-    lora = methods()["LoRA"](r=r, lora_alpha=r, target_modules=targets, modules_to_save=whole)
+    lora = dataclasses.replace(lora, target_modules=targets, modules_to_save=whole)
     lowrank_targets(model, lora)
     values = {key: became[key] for key in kept & became.keys()}
     errors = dict.fromkeys(rest, 1.0)
@@ -95,13 +106,25 @@ def _fill(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
         part.loaded()
 
 
-def _check_foldable(attachment: Attachment) -> None:
+def _check_foldable(model: nn.Module, attachment: Attachment) -> None:
+    kind = type(attachment.method).__name__
     for part in attachment.parts:
         try:
             part.check_foldable()
         except ValueError as error:
-            kind = type(attachment.method).__name__
             raise ValueError(f"{attachment.name!r} ({kind}) can't become a LoRA: {error}") from None
+    carried = attachments(model)
+    assert carried is not None
+    order = list(carried.by_name.values())
+    weights = {id(t) for part in attachment.parts for t in part.touched()}
+    for other in order[order.index(attachment) + 1 :]:
+        parts = [part for part in other.parts if isinstance(part, LayerChange) and not part.additive]
+        if any(id(t) in weights for part in parts for t in part.touched()):
+            raise ValueError(
+                f"{attachment.name!r} ({kind}) can't become a LoRA: that would act after {other.name!r} "
+                f"({type(other.method).__name__}), which builds on what it has made of the same weight. Take that one "
+                "out first: pefttutor.detach."
+            )
 
 
 Deltas = tuple[

@@ -64,7 +64,7 @@ def filled(
 
 
 def check_tensors(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError unless the file has all tensors, none besides, of these shapes and without NaN."""
+    """Raise ValueError unless the file has all tensors, none besides, of these shapes, and finite in these dtypes."""
     problems = [f"{name} is missing" for name in expected if name not in saved]
     problems += [f"{name} is too much" for name in saved if name not in expected]
     for name in [name for name in expected if name in saved]:
@@ -73,8 +73,8 @@ def check_tensors(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], p
             problems.append(f"{name} has the shape {tuple(read.shape)}, not {tuple(needed.shape)}")
         elif needed.is_floating_point() != read.is_floating_point():
             problems.append(f"{name} is of {read.dtype}, not of {needed.dtype}")
-        elif read.is_floating_point() and not read.isfinite().all():
-            problems.append(f"{name} holds NaN or infinity")
+        elif needed.is_floating_point() and not read.to(needed.dtype).isfinite().all():
+            problems.append(f"{name} holds NaN or infinity, or what is as good as that in {needed.dtype}")
     if problems:
         raise ValueError(f"{path} doesn't hold what its method needs: {listed(problems)}.")
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from pefttutor.method import DEFAULT
+from pefttutor.method import DEFAULT, find
 from pefttutor.parts.attachment import base_of
 from pefttutor.parts.fingerprint import check_base
 from pefttutor.saving.contents import filled, listed, savable
@@ -23,7 +23,7 @@ from pefttutor.saving.files import write_atomically
 from pefttutor.saving.peft_adalora import read_adalora, write_adalora
 from pefttutor.saving.peft_form import Found, Reader, Writer, Written
 from pefttutor.saving.peft_lora import read_lora, write_lora
-from pefttutor.saving.peft_modules import HEADS, modules_in, modules_out, task_of
+from pefttutor.saving.peft_modules import HEADS, check_places, modules_in, modules_out, task_of
 from pefttutor.saving.peft_prompts import read_prefix, read_prompt, read_ptuning, write_prefix, write_tokens
 from pefttutor.saving.peft_vectors import read_ia3, read_norms, write_ia3, write_norms
 
@@ -82,6 +82,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Non
             f"no {kind} is written for HF PEFT; there are {', '.join(WRITERS)}. pefttutor.as_lora(model, r=…) makes a "
             "LoRA of what has changed linear layers; pefttutor.save writes everything, for pefttutor.load."
         )
+    check_places(model, attachment)
     written, task = WRITERS[kind](model, attachment), task_of(model)
     there = [f".{path}" for path, _ in model.named_modules()]
     heads = [head for head in HEADS.get(task or "", ()) if any(path.endswith(f".{head}") for path in there)]
@@ -115,10 +116,17 @@ def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], 
     on_cpu = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     content = to_bytes(on_cpu, metadata={"format": "pt", "pefttutor": json.dumps({"base": base})})
     text = json.dumps(config, indent=2, sort_keys=True)
-    # The new tensors must not be read by an old configuration: between the two there is none.
-    (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / TENSORS, content)
-    write_atomically(folder / CONFIG, text)
+
+    def new_tensors(path: Path) -> None:
+        path.write_bytes(content)
+        # They must not be read by an old configuration: between the two there is none. Both are written by now.
+        (folder / CONFIG).unlink(missing_ok=True)
+
+    def new_config(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+        write_atomically(folder / TENSORS, new_tensors)
+
+    write_atomically(folder / CONFIG, new_config)
 
 
 def from_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT) -> nn.Module:
@@ -142,7 +150,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str = D
     config, tensors, base = _read(Path(folder))
     path = Path(folder) / TENSORS
     kind = config.get("peft_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(
             f"{path.with_name(CONFIG)} has peft_type {kind!r}; what can be read is {', '.join(READERS)}. "
             "Another method can be merged into the weights with HF PEFT, or converted to a LoRA there."
@@ -158,10 +166,15 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str = D
     values = found.tensors | whole
     if base is not None:
         check_base(base_of(model, without=values), base)
+
+    def attach() -> None:
+        method.attach(model, name=name)
+        check_places(model, find(model, name))
+
     filled(
         model,
         name,
-        lambda: method.attach(model, name=name),
+        attach,
         lambda fresh: {k: t for k, t in fresh.items() if k.rpartition(".")[2] in found.computed} | values,
         path,
     )
@@ -183,7 +196,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
         raise FileNotFoundError(f"{path} doesn't exist: {there}.")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged: it isn't JSON ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is damaged: it isn't an object with options.")
@@ -195,7 +208,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
         raise ValueError(f"{folder / TENSORS} is damaged or not a safetensors file ({error}).") from error
     try:
         return config, tensors, dict(json.loads(header)["base"]) if header else None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{folder / TENSORS} is damaged: its header doesn't say its base ({error!r})."
         ) from error
@@ -232,5 +245,5 @@ def _method(found: Found, modules: tuple[str, ...], path: Path) -> Any:
         raise ValueError(f"{path} has no tensors of its method.")
     try:
         return found.kind(**found.settings, modules_to_save=modules)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path.with_name(CONFIG)} has settings that don't fit: {error}") from error

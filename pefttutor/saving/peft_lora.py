@@ -6,6 +6,7 @@ PiSSA: ΔW = s · (B A − B₀ A₀) = s · [B, −B₀] [A; A₀]          a L
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,13 +75,7 @@ def read_lora(model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Te
             "factors alone say nothing: save it from HF PEFT as a plain LoRA, with "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…)."
         )
-    found: dict[str, Tensor] = {}
-    keys = keys_of(
-        tensors, rf"(?P<path>.+)\.(?:lora_(embedding_)?(?P<x>[AB])(\.weight)?|{MAGNITUDE}(\.weight)?)"
-    )
-    for key, match in keys.items():
-        module_at(model, match["path"], key)
-        found[f"{match['path']}.{'lora_' + match['x'] if match['x'] else MAGNITUDE}"] = tensors[key]
+    keys, found = _factors(model, tensors, words=not pissa)
     paths = list(dict.fromkeys(match["path"] for match in keys.values()))
     check_complete(model, config, paths)
     if any(path.endswith(("lm_head", "embed_tokens")) for path in paths):
@@ -94,8 +89,33 @@ def read_lora(model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Te
         "target_modules": names_for(model, paths),
     }
     if not pissa:
-        settings["use_rslora"] = bool(config.get("use_rslora"))
+        settings["use_rslora"] = config.get("use_rslora") or False
     elif config.get("use_rslora"):
         settings["lora_alpha"] = alpha * math.sqrt(r)  # PiSSA's s is lora_alpha / r
     kind = methods()["DoRA" if dora else "PiSSA" if pissa else "LoRA"]
     return Found(kind, settings, found, set(keys), computed=STARTS if pissa else ())
+
+
+def _factors(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, words: bool
+) -> tuple[dict[str, re.Match[str]], dict[str, Tensor]]:
+    """The file's keys of factors and magnitudes, and these by our names. words: whether they may be an embedding's."""
+    found: dict[str, Tensor] = {}
+    keys = keys_of(
+        tensors, rf"(?P<path>.+)\.(?:lora_(embedding_)?(?P<x>[AB])(\.weight)?|{MAGNITUDE}(\.weight)?)"
+    )
+    for key, match in keys.items():
+        layer = module_at(model, match["path"], key)
+        if not words and isinstance(layer, nn.Embedding):
+            raise ValueError(
+                f"HF PEFT starts no embedding as PiSSA does, and {match['path']!r} of the file is one, so its layers "
+                "have two kinds of starts: save it there as a plain LoRA, with "
+                "save_pretrained(…, path_initial_model_for_weight_conversion=…)."
+            )
+        name = f"{match['path']}.{'lora_' + match['x'] if match['x'] else MAGNITUDE}"
+        if name in found:
+            raise ValueError(
+                f"the file has {key!r} and the same once more, under another key: is it damaged?"
+            )
+        found[name] = tensors[key]
+    return keys, found

@@ -8,11 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pefttutor.method import Attachment
 from pefttutor.parts.freezing import added_by_others, fully_trained
+from pefttutor.parts.layer_change import LayerChange
 from pefttutor.parts.modules import find_modules
 from pefttutor.parts.part import owners_of_each
 
-__all__ = ["HEADS", "module_at", "modules_in", "modules_out", "names_for", "names_of_both", "task_of"]
+__all__ = [
+    "HEADS",
+    "check_places",
+    "module_at",
+    "modules_in",
+    "modules_out",
+    "names_for",
+    "names_of_both",
+    "task_of",
+]
 
 # Of a model's task by its class; and the heads that HF PEFT trains and saves for a task, whatever it is told.
 TASKS = {
@@ -33,9 +44,17 @@ HEADS = {
 def task_of(model: nn.Module) -> str | None:
     """HF PEFT's word for what the model is for; None where it has none.
 
+    Its classes for tasks call the model with ids, and take conditional generation for that of an encoder-decoder: what
+    hears or sees has no task.
+
     >>> task_of(nn.Linear(2, 2)) is None
     True
     """
+    known: Any = model
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    if type(model).__name__.endswith("ForConditionalGeneration") and not known.config.is_encoder_decoder:
+        return None
     return next((task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)), None)
 
 
@@ -75,6 +94,18 @@ def module_at(model: nn.Module, path: str, key: str) -> nn.Module:
             f"the file has {key!r}, and this model has no {path!r}: it was trained on another base model, or on "
             "another part of it (such as a bare model without its head)."
         ) from None
+
+
+def check_places(model: nn.Module, attachment: Attachment) -> None:
+    """Raise ValueError for a layer that stands at several places: HF PEFT changes one of them."""
+    layers = {id(part.layer) for part in attachment.parts if isinstance(part, LayerChange)}
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in layers and first.setdefault(id(module), path) != path:
+            raise ValueError(
+                f"{path!r} and {first[id(module)]!r} are one layer, and HF PEFT changes what the model does at one of "
+                "the two places, here it changes at both: make it two layers, or use pefttutor.save and load."
+            )
 
 
 # ---- modules that train fully
@@ -152,10 +183,12 @@ def modules_in(
         if id(tensor) not in names_by_id:
             continue
         name, inside = names_by_id[id(tensor)], any(key.startswith(f"{path}.") for path in paths)
-        if not inside or (key in tensors and name in read and not read[name].equal(tensors[key])):
+        # Trained together there, too (ensure_weight_tying), both are in the file, and the same.
+        apart = not read.get(name, tensors[key]).equal(tensors[key]) if key in tensors else not inside
+        if apart:
             raise ValueError(
-                f"{name!r} is tied to {key!r} in this model, and HF PEFT has trained one without the other. Untie them "
-                "first: give the head a weight of its own, and set model.config.tie_word_embeddings = False."
+                f"{key!r} is tied to another of {names} in this model, and HF PEFT has trained one without the other. "
+                "Untie them first: give the head a weight of its own, and set model.config.tie_word_embeddings = False."
             )
         if key in tensors:
             read[name] = tensors[key]

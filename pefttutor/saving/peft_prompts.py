@@ -50,10 +50,6 @@ def _check_task(model: nn.Module) -> None:
         )
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"num_virtual_tokens": config.get("num_virtual_tokens")}
-
-
 def write_tokens(model: nn.Module, attachment: Attachment) -> Written:
     """The virtual tokens of PromptTuning, or those that PTuning's encoder makes."""
     table = _table(attachment)
@@ -67,6 +63,7 @@ def write_tokens(model: nn.Module, attachment: Attachment) -> Written:
         "num_virtual_tokens": len(table),
         "token_dim": table.shape[1],
         "num_transformer_submodules": 1,  # an encoder-decoder reads them in its encoder
+        "num_attention_heads": 1,  # which HF PEFT asks a Mamba for, too, and uses for prefixes only
     }
     prompt = type(attachment.method).__name__ == "PromptTuning"
     return Written("PROMPT_TUNING" if prompt else "P_TUNING", options, {TABLE: table}, prompts=True)
@@ -77,14 +74,24 @@ def _read_tokens(
 ) -> Found:
     _check_task(model)
     _, path = reading_body(model, WHAT)
-    settings = _settings(config)
-    # For an encoder-decoder HF PEFT makes twice as many, and puts the first half before the encoder's text.
-    rows = (
-        {f"{path}.{key}".lstrip("."): tensors[TABLE][: settings["num_virtual_tokens"]]}
-        if TABLE in tensors
-        else {}
-    )
-    return Found(methods()[kind], settings, rows, {TABLE})
+    return _found(config, tensors, kind, f"{path}.{key}")
+
+
+def _found(config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str, name: str) -> Found:
+    """The table's rows, as many as the configuration says, under our name.
+
+    For an encoder-decoder HF PEFT makes twice as many tokens, and puts the first half before the encoder's text.
+    """
+    tokens: Any = config.get("num_virtual_tokens")
+    rows: dict[str, Tensor] = {}
+    if TABLE in tensors:
+        there = len(tensors[TABLE])
+        if there != tokens * (config.get("num_transformer_submodules") or 1):
+            raise ValueError(
+                f"adapter_config.json has num_virtual_tokens = {tokens!r}, and {TABLE!r} of the file has {there} rows."
+            )
+        rows = {name.lstrip("."): tensors[TABLE][:tokens]}
+    return Found(methods()[kind], {"num_virtual_tokens": tokens}, rows, {TABLE})
 
 
 def read_prompt(model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Found:
@@ -119,8 +126,7 @@ def read_prefix(model: nn.Module, config: dict[str, Any], tensors: Mapping[str, 
     check_options(config, SHAPE | {"encoder_hidden_size", "prefix_projection", "init_weights"})
     _check_causal(model)
     path = form_of(model, WHAT).path
-    rows = {f"{path}.prefix".lstrip("."): tensors[TABLE]} if TABLE in tensors else {}
-    return Found(methods()["PrefixTuning"], _settings(config), rows, {TABLE})
+    return _found(config, tensors, "PrefixTuning", f"{path}.prefix")
 
 
 def _check_causal(model: nn.Module) -> None:

@@ -269,6 +269,16 @@ def unreadable_description(path):
     save_file(load_file(path), path, metadata={"pefttutor": "{"})
 
 
+def endless_description(path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(path), path, metadata={"pefttutor": "[" * 100_000})
+
+
+def impossible_number(path):
+    rewrite(path, fields={"r": 3, "lora_alpha": 10**400})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -279,6 +289,8 @@ def unreadable_description(path):
         (foreign, "wasn't written by pefttutor.save"),
         (newer, "isn't of format 1"),
         (unreadable_description, "its description isn't JSON"),
+        (endless_description, "its description isn't JSON"),
+        (impossible_number, "a description that doesn't fit LoRA"),
         (unknown_method, "is for the method 'Popen'; this pefttutor has .*LoRA"),
         (dotted_method, "is for the method 'storage.os.system'"),
         (unknown_field, "a description that doesn't fit LoRA: .*rr"),

@@ -122,6 +122,7 @@ def test_the_head_that_a_method_names_stays_whole_and_others_stay_attached():
         ("gpt2", pt.IA3(target_modules=("c_attn",), feedforward_modules=()), {}, "also changed .*c_attn.bias"),
         ("llama", pt.PromptTuning(num_virtual_tokens=2), {}, "can't become a LoRA: it changes what the model computes"),
         ("llama", pt.LoRA(r=2), {"r": 0}, "r is 0; it must be a whole number"),
+        ("llama", pt.LoRA(r=2), {"modules_to_save": "lm_head"}, "modules_to_save is a string"),
         ("llama", pt.LoRA(r=2), {"r": 13}, "which a LoRA of rank 13 can't hold"),
     ],
 )  # fmt: skip
@@ -137,3 +138,21 @@ def test_what_a_lora_cannot_hold_is_refused_and_the_model_is_as_it_was(kind, met
 def test_next_to_a_half_precision_weight_the_change_is_taken_in_float32():
     model = moved(pt.LoRA(r=2).attach(tiny_model("llama", dtype=torch.bfloat16)))
     assert max(pt.as_lora(model, r=2).values()) < 1e-5
+
+
+def test_autocast_does_not_round_it():
+    model = moved(pt.LoRA(r=2).attach(tiny_model("llama")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert max(pt.as_lora(model, r=2).values()) < 1e-5
+
+
+def test_what_another_one_builds_on_is_refused():
+    """The LoRA would act after the DoRA, whose norm is that of what the first one has made of the weight."""
+    first, second = (pt.LoRA(r=2), pt.DoRA(r=2))
+    model = moved(second.attach(moved(first.attach(tiny_model("llama"), name="first")), name="second"))
+    before, said = picture(model), logits(model, "llama")
+    with pytest.raises(ValueError, match=r"would act after 'second' \(DoRA\), which builds on"):
+        pt.as_lora(model, r=2, name="first")
+    assert differences(before, picture(model)) == []
+    assert torch.equal(logits(model, "llama"), said)
+    pt.as_lora(model, r=12, name="second")

@@ -353,6 +353,9 @@ def folder(tmp_path):
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'; what can be read is LORA, ADALORA"),
         ({"peft_type": None}, "peft_type None"),
         ({"lora_alpha": "much"}, "settings that don't fit: lora_alpha is 'much'"),
+        ({"peft_type": ["LORA"]}, "peft_type .'LORA'.; what can be read"),
+        ({"use_rslora": "false"}, "settings that don't fit: use_rslora is 'false'"),
+        ({"lora_alpha": 10**400}, "settings that don't fit: "),
         ({"r": 3}, r"lora_A has the shape \(2, 24\), not \(3, 24\)"),
         ({"target_modules": ["q_proj", "k_proj"]}, "lacks tensors for model.layers.0.self_attn.k_proj"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
@@ -385,6 +388,8 @@ def changed(tensors: dict[str, Tensor], do: str) -> dict[str, Tensor]:
         "unknown": tensors | {"base_model.model.model.norm.lora_X": torch.ones(2)},
         "elsewhere": tensors | {first.replace("layers.0", "layers.7"): tensors[first].clone()},
         "nan": tensors | {first: tensors[first] * float("nan")},
+        "too large": tensors | {first: tensors[first].double() * 1e300},
+        "twice": tensors | {first.removesuffix(".weight"): tensors[first].clone()},
         "other base": tensors | {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(97, 24)},
         "resized": tensors | {"base_model.model.model.embed_tokens.weight": torch.ones(99, 24)},
         "none": {},
@@ -399,6 +404,8 @@ def changed(tensors: dict[str, Tensor], do: str) -> dict[str, Tensor]:
         ("unknown", "a tensor 'model.norm.lora_X' that nothing is known of"),
         ("elsewhere", r"this model has no 'model.layers.7.self_attn.q_proj': it was trained on another base"),
         ("nan", "holds NaN or infinity"),
+        ("too large", "holds NaN or infinity, or what is as good as that in torch.float32"),
+        ("twice", "has '.*lora_A.weight' and the same once more"),
         ("other base", "brings its own 'model.embed_tokens.weight'"),
         ("resized", r"\(99, 24\), and this model has another one, \(97, 24\): was the vocabulary resized"),
         ("none", "target_modules .*lacks tensors for|no tensors of its method"),
@@ -426,6 +433,9 @@ def test_files_that_are_missing_pickled_or_broken(folder, tmp_path):
     (folder / CONFIG).write_text("[")
     with pytest.raises(ValueError, match="it isn't JSON"):
         pt.from_peft(model, folder)
+    (folder / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="it isn't JSON"):
+        pt.from_peft(model, folder)
     (folder / CONFIG).write_text("[]")
     with pytest.raises(ValueError, match="isn't an object with options"):
         pt.from_peft(model, folder)
@@ -449,6 +459,81 @@ def test_a_head_that_was_untied_there_is_refused(tmp_path):
     model = base("gpt2", tie_word_embeddings=False)
     model.transformer.wte.weight.data.copy_(base("gpt2").transformer.wte.weight)
     assert pt.adapted(pt.from_peft(model, tmp_path)).modules_to_save == ("lm_head",)
+
+
+def test_weights_that_stay_tied_there_are_read(tmp_path):
+    """The file has them twice, and the same."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    theirs = peft.get_peft_model(base("llama", tie_word_embeddings=True), config)
+    trained(theirs, "llama").save_pretrained(tmp_path)
+    model = pt.from_peft(base("llama", tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(logits(model, "llama"), logits(theirs, "llama"), rtol=1e-5, atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_embedding_that_was_not_started_as_pissa_is_refused(tmp_path):
+    """HF PEFT starts the embedding as a LoRA, and the others as PiSSA."""
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "wte"], init_lora_weights="pissa")
+    wrapped("gpt2", config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"starts no embedding as PiSSA does, and 'transformer.wte'"):
+        pt.from_peft(base("gpt2"), tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "task", "rows"), [("llama", "CAUSAL_LM", 3), ("t5", "SEQ_2_SEQ_LM", 6)])
+def test_fewer_virtual_tokens_than_the_file_has_are_refused(kind, task, rows, tmp_path):
+    wrapped(kind, peft.PromptTuningConfig(**TOKENS, task_type=task)).save_pretrained(tmp_path)
+    rewrite(tmp_path, num_virtual_tokens=2)
+    with pytest.raises(
+        ValueError, match=f"num_virtual_tokens = 2, and 'prompt_embeddings' .* has {rows} rows"
+    ):
+        pt.from_peft(base(kind), tmp_path)
+
+
+def test_a_layer_that_stands_at_two_places_is_refused_both_ways(tmp_path):
+    """HF PEFT changes it at the first only."""
+    method = pt.LoRA(r=2, target_modules=("a",))
+    with pytest.raises(ValueError, match=r"'b' and 'a' are one layer, and HF PEFT changes .* at one of"):
+        pt.to_peft(method.attach(made(Twice)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    peft.get_peft_model(made(Twice), peft.LoraConfig(r=2, target_modules=["a"])).save_pretrained(tmp_path)
+    model = made(Twice)
+    before = picture(model)
+    with pytest.raises(ValueError, match="'b' and 'a' are one layer"):
+        pt.from_peft(model, tmp_path)
+    assert differences(before, picture(model)) == []
+
+
+def whisper() -> tuple[Any, dict[str, Tensor]]:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+             (("layers", 1), ("attention_heads", 4), ("ffn_dim", 40))}  # fmt: skip
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    places = {"max_source_positions": 10, "max_target_positions": 16, "num_mel_bins": 8}
+    config = hf.WhisperConfig(vocab_size=97, d_model=24, **sizes, **tokens, **places)
+    sound = torch.linspace(-1, 1, 160).view(1, 8, 20)
+    model = made(hf.WhisperForConditionalGeneration, config, spread=True)
+    return model, {"input_features": sound, "decoder_input_ids": torch.tensor([[5, 6, 7]])}
+
+
+def mamba() -> tuple[Any, dict[str, Tensor]]:
+    config = hf.MambaConfig(vocab_size=97, hidden_size=24, num_hidden_layers=2, state_size=4)
+    return made(hf.MambaForCausalLM, config, spread=True), {"input_ids": torch.tensor([[5, 6, 7]])}
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [(whisper, pt.LoRA(r=2)), (mamba, pt.PromptTuning(num_virtual_tokens=3))],
+)
+def test_a_model_that_hears_and_one_without_heads(make, method, tmp_path):
+    """HF PEFT's class for sequences wants ids, and its virtual tokens a number of heads."""
+    model, inputs = make()
+    moved(method.attach(model))
+    pt.to_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make()[0], tmp_path).eval()
+    mine, other = (m(**inputs).logits[:, -3:] for m in (model.eval(), theirs))
+    assert (mine - make()[0](**inputs).logits).abs().max() > 0.1
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_factors_that_two_tied_layers_share_there_are_refused(tmp_path):
@@ -520,6 +605,20 @@ def test_an_interrupted_write_leaves_nothing_that_could_be_read_wrongly(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [TENSORS]
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json doesn't exist: the folder has"):
         pt.from_peft(base("llama"), tmp_path)
+
+
+def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch):
+    model = moved(pt.LoRA(r=2, lora_alpha=1).attach(base("llama")))
+    pt.to_peft(model, tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        pt.to_peft(pt.LoRA(r=2, lora_alpha=9).attach(base("llama")), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    assert torch.equal(logits(pt.from_peft(base("llama"), tmp_path), "llama"), logits(model, "llama"))
 
 
 def test_writing_needs_no_peft(tmp_path):
