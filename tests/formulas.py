@@ -46,23 +46,22 @@ def lotr(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Te
 
 
 def mora(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
-    """Entry by entry: of which entries of M a feature of the output gets how much of one of the input."""
+    """As matrices: which feature fills which place, M · R(i) in a block for each group, and what is cut or repeated.
+
+    R(i) is the exponential of i times what generates the rotation.
+    """
     M = t["mora_M"]
     width, half = len(M), len(M) // 2
     groups = -(-n_in // width)
-    weights = torch.zeros(n_out, n_in, width, width, dtype=M.dtype)
-    for place in range(groups * width):  # of the filled features
-        group, column = divmod(place, width)
-        feature = place % n_in
-        for o in range(n_out):
-            if method.mora_type == 1:
-                weights[o, feature, o % width, column] += 1
-            elif o % (groups * width) // width == group:
-                angle = torch.tensor(group * 10000.0 ** (-2 * (column % half) / width), dtype=M.dtype)
-                partner, sign = (column + half, 1) if column < half else (column - half, -1)
-                weights[o, feature, o % width, column] += angle.cos()
-                weights[o, feature, o % width, partner] += sign * angle.sin()
-    return torch.einsum("oikl,kl->oi", weights, M)
+    filling = torch.eye(n_in, dtype=M.dtype)[torch.arange(groups * width) % n_in]
+    if method.mora_type == 1:
+        answers = torch.cat([M] * groups, 1) @ filling
+    else:
+        speeds = torch.tensor([10000.0 ** (-2 * k / width) for k in range(half)], dtype=M.dtype)
+        turning = torch.zeros_like(M)
+        turning[:half, half:], turning[half:, :half] = -speeds.diag(), speeds.diag()
+        answers = torch.block_diag(*(M @ torch.matrix_exp(i * turning) for i in range(groups))) @ filling
+    return answers[torch.arange(n_out) % len(answers)]
 
 
 LOKR = tuple(f"lokr_w{i}{x}" for i in (1, 2) for x in ("", "_a", "_b"))

@@ -18,9 +18,9 @@ from torch import nn
 from pefttutor.method import DEFAULT, Attachment, attaching, learning
 from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
-from pefttutor.parts.lowrank_layer import LowRank, draw_factors
+from pefttutor.parts.lowrank_layer import draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
-from pefttutor.parts.restarting import RestartingAdamW, Rewritten, merge_and_restart
+from pefttutor.parts.restarting import Restarting, RestartingAdamW, Rewritten
 from pefttutor.parts.settings import check_number, check_whole
 
 __all__ = ["ReLoRA"]
@@ -34,7 +34,7 @@ class ReLoRA:
 
     y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ;   every reset_every steps W ← W + s · B A, A ← drawn anew, B ← 0
 
-    >>> method = ReLoRA(r=1, reset_every=2, target_modules=("0",))
+    >>> method = ReLoRA(r=1, reset_every=2, restart_warmup_steps=1, target_modules=("0",))
     >>> model = method.attach(nn.Sequential(nn.Linear(4, 4)))
     >>> before, how = model[0].weight.clone(), {"loss": lambda m, b: m(b["x"]).square().mean(), "lr": 0.1}
     >>> import pefttutor
@@ -94,8 +94,9 @@ class ReLoRA:
         """
         with attaching(model, self, name) as new:
             generator = torch.Generator().manual_seed(self.init_seed)
-            add_lowrank(new, model, partial(draw_factors, r=self.r, generator=generator), words=False)
-            new.add(Rewritten(model, _low_rank(new)))
+            factors = partial(draw_factors, r=self.r, generator=generator)
+            add_lowrank(new, model, factors, Restarting, words=False)
+            new.add(Rewritten(model, _restarting(new)))
             new.add(step_counter(model, COUNTER, name))
         return model
 
@@ -106,7 +107,7 @@ class ReLoRA:
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """AdamW that takes part in the restarts."""
         mine = learning(model, self)
-        factors = [p for attachment in mine for part in _low_rank(attachment) for p in part.trained()]
+        factors = [p for attachment in mine for part in _restarting(attachment) for p in part.trained()]
         trained = [p for p in model.parameters() if p.requires_grad]
         if not mine:
             return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
@@ -123,11 +124,8 @@ class ReLoRA:
             counter += 1
             if int(counter) % self.reset_every == 0:
                 generator = torch.Generator().manual_seed(self.init_seed + int(counter))
-                for part in _low_rank(attachment):
-                    merge_and_restart(part, generator)
-                    for key, factor in part.saved():
-                        if not factor.any():  # B is at its start again, and yet has moved
-                            attachment.start.pop(key, None)
+                for part in _restarting(attachment):
+                    part.restart(generator)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether anything was merged."""
@@ -144,5 +142,5 @@ class ReLoRA:
         return None
 
 
-def _low_rank(attachment: Attachment) -> list[LowRank]:
-    return [part for part in attachment.parts if isinstance(part, LowRank)]
+def _restarting(attachment: Attachment) -> list[Restarting]:
+    return [part for part in attachment.parts if isinstance(part, Restarting)]

@@ -41,16 +41,22 @@ def movements(attachment: Attachment) -> list[Movement]:
     for part in attachment.parts:
         keys = {id(tensor): key for key, tensor in part.saved()}
         kept = _kept(part)
+        if kept is None:
+            found += _by_checksum(attachment, part, keys)
+            continue
         for i, parameter in enumerate(part.trained()):
-            key = keys[id(parameter)]
-            if kept is None:
-                changed = _changed(attachment.start.get(key), parameter)
-                found.append(Movement(key, parameter, part, changed))
-                continue
-            start, now = kept[i]
+            key, (start, now) = keys[id(parameter)], kept[i]
             values = int((start.to(now.device, now.dtype) != now).sum())
             found.append(Movement(key, parameter, part, values > 0, values))
     return found
+
+
+def _by_checksum(attachment: Attachment, part: Part, keys: dict[int, str]) -> list[Movement]:
+    trained = [(keys[id(parameter)], parameter) for parameter in part.trained()]
+    moved = [_changed(attachment.start.get(key), parameter) for key, parameter in trained]
+    if part.restarts and any(each is not False for each in moved):
+        moved = [each or None for each in moved]
+    return [Movement(*named, part, each) for named, each in zip(trained, moved, strict=True)]
 
 
 def _kept(part: Part) -> list[tuple[Tensor, Tensor]] | None:

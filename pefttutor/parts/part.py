@@ -80,6 +80,9 @@ class Part:
     # Whether it takes effect although nothing of it trains.
     acts_alone = False
 
+    # Whether training puts some of it back to its start, so that what stands there may well have moved.
+    restarts = False
+
     # Whether another additive part may be folded into the same tensors independently of this one.
     additive = False
 

@@ -18,7 +18,26 @@ from pefttutor.parts.linear import stored_as
 from pefttutor.parts.lowrank_layer import LowRank, as_in_linear
 from pefttutor.parts.part import owners_of_each
 
-__all__ = ["RestartingAdamW", "Rewritten", "cut_smallest", "merge_and_restart"]
+__all__ = ["Restarting", "RestartingAdamW", "Rewritten", "cut_smallest"]
+
+
+class Restarting(LowRank):
+    """A low-rank change that can be written into its layer's weight, to start anew."""
+
+    restarts = True
+
+    @torch.no_grad()
+    def restart(self, generator: torch.Generator) -> None:
+        """Write the change into the layer's weight, draw A anew, and let B be zero.
+
+        Beside a half-precision weight the sum is rounded to it.
+        """
+        layer: Any = self.layer
+        delta, weight = self.delta(), stored_as(layer, layer.weight)
+        layer.weight.copy_(stored_as(layer, weight.to(delta.dtype) + delta))
+        A, B = self.factors
+        A.copy_(as_in_linear((A.shape[0], A.shape[1]), generator))
+        B.zero_()
 
 
 class Rewritten(Whole):
@@ -28,7 +47,7 @@ class Rewritten(Whole):
         else builds.
     """
 
-    def __init__(self, model: nn.Module, parts: Iterable[LowRank]) -> None:
+    def __init__(self, model: nn.Module, parts: Iterable[Restarting]) -> None:
         parts = list(parts)
         for part in parts:
             part.check_foldable()
@@ -49,20 +68,6 @@ class Rewritten(Whole):
 
     def trained(self) -> list[nn.Parameter]:
         return []
-
-
-@torch.no_grad()
-def merge_and_restart(part: LowRank, generator: torch.Generator) -> None:
-    """Write the change into the layer's weight, draw A anew, and let B be zero.
-
-    Beside a half-precision weight the sum is rounded to it.
-    """
-    layer: Any = part.layer
-    delta, weight = part.delta(), stored_as(layer, layer.weight)
-    layer.weight.copy_(stored_as(layer, weight.to(delta.dtype) + delta))
-    A, B = part.factors
-    A.copy_(as_in_linear((A.shape[0], A.shape[1]), generator))
-    B.zero_()
 
 
 def cut_smallest(values: Tensor, share: float) -> None:

@@ -1,4 +1,4 @@
-"""MoRA against the dense matrix, made entry by entry; its rank; and a published width."""
+"""MoRA against the dense matrix, made of its blocks M · R(i); its rank; and a published width."""
 
 from __future__ import annotations
 

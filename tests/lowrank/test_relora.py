@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pefttutor import IA3, LoRA, ReLoRA, attached, detach, fit, load, save
+from pefttutor.parts.movement import movements
 from pefttutor.parts.restarting import cut_smallest
 from pefttutor.train.hooks import Hooks
 from tests.lowrank.peers import assert_same_as_peft, drawn, lora_config
@@ -166,6 +167,21 @@ def test_a_file_holds_the_written_weights_and_detaching_puts_the_base_back(tmp_p
     assert torch.equal(load(copy.deepcopy(base), tmp_path / "adapter")(ROWS[0]["x"]), said)
     detach(model)
     assert differences(dict(base.named_parameters()), dict(model.named_parameters())) == []
+
+
+def test_what_a_merge_puts_back_to_its_start_is_not_said_to_stand_still(tmp_path):
+    """Neither in the model that was trained nor in one into which its file was read."""
+    base = nn.Sequential(nn.Linear(9, 9)).double()
+    model = ReLoRA(r=2, reset_every=2, target_modules=("0",)).attach(copy.deepcopy(base))
+
+    def moved(model):
+        return [movement.moved for movement in movements(attached(model)["default"])]
+
+    assert moved(model) == [False, False]
+    fit(model, ROWS, steps=2, loss=wide_loss, progress=False)
+    assert not model[0].lora_B.any()
+    assert moved(model) == moved(load(base, save(model, tmp_path))) == [True, None]
+    assert moved(model.bfloat16()) == [None, None]
 
 
 def test_a_loop_that_asks_no_hook_or_ends_too_early_is_told_so():

@@ -139,10 +139,9 @@ class Adapter:
         if targets is None:
             found = [s for s in sublayers(model) if s.last or self.placement == "houlsby"]
             targets, starts = tuple(s.end for s in found), tuple(s.start for s in found)
-        why_not = (
-            why_not_linear if parallel else lambda layer: None if is_norm(layer) else why_not_linear(layer)
+        layers = linear_targets(
+            model, targets, self.modules_to_save, why_not=why_not_linear if parallel else _why_not
         )
-        layers = linear_targets(model, targets, self.modules_to_save, why_not=why_not)
         read: list[str | None] = [None] * len(layers)
         if parallel:
             read = list(linear_targets(model, starts or (), field="input_modules"))
@@ -173,6 +172,11 @@ class Adapter:
         if self.skip_blocks:
             names = [name for name in names if _block_number(name) is not None and self._kept(name)]
         return names
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why nothing can be added to what a layer gives, or None."""
+    return None if is_norm(layer) and "forward" not in vars(layer) else why_not_linear(layer)
 
 
 def _block_number(path: str) -> int | None:

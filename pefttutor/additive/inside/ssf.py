@@ -48,7 +48,7 @@ class SSF:
 
     A layer without a bias gets no β: nothing of it could hold the shift, so the merged model would be of another form.
     Left out are also norms whose weight isn't the scale of their last dimension, such as Gemma's, which multiplies by
-    1 + w, or over channels, such as nn.GroupNorm.
+    1 + w, or over channels, such as nn.GroupNorm, and convolutions that a cache replaces (RecurrentGemma's).
 
     Shapes: γ, β (out), of a convolution (channels).
     Cost: it trains 2·out values a layer (`count`), of ViT-B/16 0.24 %, and takes one product and one sum more a
@@ -88,8 +88,15 @@ class SSF:
         return scales + sum(model.get_parameter(name).numel() for name in fully)
 
     def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        writes: Any = getattr(model, "can_generate", bool)()
+
+        def why_not(layer: nn.Module) -> str | None:
+            if writes and isinstance(layer, nn.Conv1d) and layer.groups == layer.in_channels > 1:
+                return "a text that goes on from a cache reads its weight without calling it"
+            return _why_not(layer)
+
         if self.target_modules is not None:
-            return linear_targets(model, self.target_modules, self.modules_to_save, why_not=_why_not)
+            return linear_targets(model, self.target_modules, self.modules_to_save, why_not=why_not)
         saved = (
             find_modules(model, self.modules_to_save, field="modules_to_save") if self.modules_to_save else {}
         )
@@ -98,7 +105,7 @@ class SSF:
             get() if callable(get) else None,
             *(m for module in saved.values() for m in module.modules()),
         }
-        found = {n: m for n, m in model.named_modules() if n and m not in without and _why_not(m) is None}
+        found = {n: m for n, m in model.named_modules() if n and m not in without and why_not(m) is None}
         check_called_in_evaluation(model, found, "target_modules")
         past = read_past(model, [m.weight for m in found.values() if isinstance(m.weight, Tensor)])
         return {name: layer for name, layer in found.items() if id(layer.weight) not in past}

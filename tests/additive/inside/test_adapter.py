@@ -445,3 +445,11 @@ def test_next_to_half_precision_the_projections_are_float32():
 
 
 assert set(SUBLAYERS) >= set(TEXTS)
+
+
+def test_a_norm_whose_forward_was_replaced_is_refused():
+    """What a device hook, say, has put into the object's place would never ask the adapter."""
+    layer = nn.LayerNorm(6)
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match="its forward was replaced on the object"):
+        Adapter(bottleneck=2, target_modules=("0",)).attach(nn.Sequential(layer))

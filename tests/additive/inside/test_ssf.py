@@ -16,7 +16,7 @@ from tests.memory.models import batch_of as batch_for_memory
 from tests.memory.models import held
 from tests.memory.models import model_of as model_for_memory
 from tests.pictures import differences, picture, tensors
-from tests.tiny import Quantised, tiny_model
+from tests.tiny import Quantised, made, tiny_model
 
 F64 = torch.float64
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -118,6 +118,25 @@ def test_torchs_encoder_layer_which_reads_past_it_in_evaluation_is_refused():
     with pytest.raises(ValueError, match=r"target_modules: '0\.linear1' .*set_fastpath_enabled\(False\)"):
         SSF().attach(model)
     assert differences(before, picture(model)) == []
+
+
+def test_a_convolution_that_a_cache_replaces_is_left_alone():
+    """RecurrentGemma reads its weight without a call as soon as a text goes on."""
+    tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": 16, "lru_width": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    config = hf.RecurrentGemmaConfig(
+        **tokens, **sizes, num_hidden_layers=2, block_types=["recurrent", "attention"]
+    )
+    model = made(hf.RecurrentGemmaForCausalLM, config)
+    with pytest.raises(
+        ValueError, match="can't be adapted: a text that goes on from a cache reads its weight"
+    ):
+        SSF(target_modules=("conv_1d",)).attach(model)
+    moved(SSF().attach(model))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    how = {"do_sample": False, "max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    said = [torch.stack(model.generate(ids, use_cache=use, **how).logits) for use in (True, False)]
+    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-5)
 
 
 def test_a_quantised_layer_is_scaled_around_and_not_merged():
