@@ -31,9 +31,9 @@ def test_every_row_of_the_folder_is_found_and_two_of_one_name_are_refused(monkey
         "lora_step",
         "head_loss",
     } <= set(rows)
-    from pefttutor.bench.rows import head_loss, lora_step
+    from pefttutor.bench.rows import head_loss, whole_step
 
-    monkeypatch.setattr(head_loss, "ROWS", lora_step.ROWS)
+    monkeypatch.setattr(head_loss, "ROWS", whole_step.ROWS)
     with pytest.raises(ValueError, match="two rows are called 'lora_step'"):
         discover()
 
@@ -49,24 +49,37 @@ def test_both_sides_of_the_linear_row_do_the_same_work(shape):
     assert difference(ours, build("peer", 4, "cpu", **shape)())[0] > 0.1  # another seed, other weights
 
 
-def test_all_sides_of_the_step_row_do_the_same_work(monkeypatch):
+STEPS = {
+    "lora": 8,
+    "dora": 12,
+    "adalora": 12,
+    "prefix": 1,
+    "prefix_mlp": 5,
+    "adapter": 8,
+}  # tensors of two layers
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", STEPS)
+def test_all_sides_of_the_step_rows_do_the_same_work(monkeypatch, kind):
     pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
     import transformers
 
-    from pefttutor.bench.rows import lora_step
+    from pefttutor.bench.rows import whole_step
 
     def tiny(seed):
         torch.manual_seed(seed)
-        sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2}
         config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, use_cache=False)
         return transformers.LlamaForCausalLM(config).train()
 
-    monkeypatch.setattr(lora_step, "_model", tiny)
-    monkeypatch.setattr(lora_step, "SEQUENCE", 6)
-    ours, peer = lora_step.build("ours", 0, "cpu")(), lora_step.build("peer", 0, "cpu")()
-    assert len(ours) == 1 + 2 * 2 * 2  # the loss; two factors of two projections in two layers
+    monkeypatch.setattr(whole_step, "_model", tiny)
+    monkeypatch.setattr(whole_step, "SEQUENCE", 6)
+    ours, peer = (whole_step.build(side, 0, "cpu", kind=kind)() for side in ("ours", "peer"))
+    assert len(ours) == 1 + STEPS[kind]  # the loss, too
     assert difference(ours, peer)[0] < 1e-4
-    assert lora_step.build("bound", 0, "cpu")() == {}
+    assert whole_step.build("bound", 0, "cpu", kind=kind)() == {}
+    assert discover()[f"{kind}_step"].goals["time"] < 1
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
