@@ -116,3 +116,32 @@ def test_a_row_is_on_its_device_alone(name):
     for side in ("ours", "bound"):
         found = discover()[name].build(side, 0, "meta")()
         assert all(tensor.is_meta for tensor in found.values())
+
+
+@pytest.mark.parametrize("adapters", [4, 8])
+def test_both_sides_of_the_fusion_rows_do_the_same_work(monkeypatch, adapters):
+    from pefttutor.bench.rows import fusion_attention
+
+    monkeypatch.setattr(fusion_attention, "WIDTH", 16)
+    monkeypatch.setattr(fusion_attention, "TOKENS", 6)
+    ours, peer = (fusion_attention.build(side, 0, "cpu", adapters=adapters)() for side in ("ours", "peer"))
+    assert set(ours) == {"y", *fusion_attention.NAMES}
+    assert difference(ours, peer)[0] < 1e-5
+    assert discover()[f"fusion_attention_{adapters}"].goals["time"] < 0.5
+
+
+def test_both_sides_of_the_prompt_row_say_the_same_and_the_text_alone_another_thing(monkeypatch):
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    import transformers
+
+    from pefttutor.bench.rows import soft_prompt, whole_step
+
+    def tiny(seed):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2))
+
+    monkeypatch.setattr(whole_step, "_model", tiny)
+    ours, peer, alone = (soft_prompt.build(side, 0, "cpu")() for side in ("ours", "peer", "bound"))
+    assert difference(ours, peer)[0] < 1e-4
+    assert difference(alone, peer)[0] > 0.01

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pefttutor.kernels.fusion_attention import fusion_attention
 from pefttutor.kernels.precision import unrounded
 from pefttutor.method import DEFAULT, Attachment, attached, attaching, find, learning
 from pefttutor.parts.attachment import added_key
@@ -153,13 +153,9 @@ class Fused(LayerChange):
 
     def fused(self, h: Tensor) -> Tensor:
         """V Σₙ sₙ zₙ with s = softmaxₙ(Kᵀ(Q h + b) · zₙ). Shapes: (…, d) → (…, d)."""
-        query, query_bias, key, value = (parameter.to(h.dtype) for parameter in self.trained())
         changes = vars(self.layer)["_changes"]
         z = torch.stack([changes[name].branch(h) for name in self.adapters], -2)  # (…, N, d)
-        asked = F.linear(F.linear(h, query, query_bias), key.t())  # (…, d)
-        scores = (z @ asked.unsqueeze(-1)).squeeze(-1)  # (…, N)
-        s = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        return F.linear((s.to(z.dtype).unsqueeze(-2) @ z).squeeze(-2), value)
+        return fusion_attention(h, z, *(parameter.to(h.dtype) for parameter in self.trained()))
 
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)

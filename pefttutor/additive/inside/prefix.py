@@ -79,8 +79,9 @@ class PrefixTuning:
     def attach(self, model: nn.Module, start: Any = None, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, put the prefix before each text's keys and values, and return it.
 
-        start: `num_virtual_tokens` token ids; the prefix then starts as the keys and values that the frozen model
-            computes of them, and the model says what it says after these words. Without, it is drawn.
+        start: `num_virtual_tokens` token ids, or as many embeddings (P, d), such as a soft prompt that was learned; the
+            prefix then starts as the keys and values that the frozen model computes of them. One that reads from left
+            to right says what it says after these words, without reading them in each call. Without, it is drawn.
 
         Raises: ValueError if the name is in use, the start doesn't fit, or the model can't take a prefix. The model is
             then as it was.
@@ -135,16 +136,19 @@ class PrefixTuning:
 
     def _computed(self, model: nn.Module, form: Form, start: Any) -> nn.Parameter:
         """The keys and values that the frozen model computes of words."""
-        ids = torch.as_tensor(start)
-        if ids.is_floating_point() or ids.shape != (self.num_virtual_tokens,) or self.prefix_projection:
+        words, table = torch.as_tensor(start), token_table(model, BEFORE)
+        kind, shape = "input_ids", (self.num_virtual_tokens,)
+        if words.is_floating_point():
+            kind, shape, words = "inputs_embeds", (*shape, table.shape[1]), words.detach().to(table)
+        if words.shape != shape or self.prefix_projection:
             raise ValueError(
-                f"start is {start!r}; expected {self.num_virtual_tokens} token ids, as many as num_virtual_tokens, and "
-                "no prefix_projection: an MLP can't be told what to make."
+                f"start is {start!r}; expected {self.num_virtual_tokens} token ids, as many as num_virtual_tokens, or "
+                f"their embeddings, {(self.num_virtual_tokens, table.shape[1])}, and no prefix_projection: an MLP "
+                "can't be told what to make."
             )
-        device = token_table(model, BEFORE).device
-        inputs = {"input_ids": ids[None].to(device)}
+        inputs = {kind: words[None].to(table.device)}
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            inputs["decoder_input_ids"] = inputs["input_ids"]
+            inputs[f"decoder_{kind}"] = inputs[kind]
         rows = [x for _, *both in recorded(model, form.body, inputs).values() for x in both]
         made = torch.stack([x[0] for x in rows]).permute(2, 0, 1, 3).flatten(1)  # (P, 2 L, heads, head_dim)
         return nn.Parameter(made.to(torch.promote_types(made.dtype, torch.float32)))

@@ -290,6 +290,23 @@ def test_the_mlp_is_dropped_and_the_model_says_what_it_said(tmp_path):
     assert differences(tensors(tiny_model("bert")), tensors(model)) == []
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_prefix_that_starts_as_a_soft_prompt_says_what_that_says(kind):
+    """On a padded batch, in its logits and while it goes on from a cache: the virtual tokens are read once for all."""
+    batch = tiny_batch(kind)
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    prompted = pt.PromptTuning(num_virtual_tokens=P).attach(tiny_model(kind))
+    prompt = next(p for p in prompted.parameters() if p.requires_grad)
+    prompt.data.normal_(0, 2, generator=torch.Generator().manual_seed(1))
+    model = PrefixTuning(num_virtual_tokens=P).attach(tiny_model(kind), prompt)
+    real, plain = batch["attention_mask"].bool(), tiny_model(kind)(**batch).logits
+    said, expected = model(**batch).logits, prompted(**batch).logits
+    torch.testing.assert_close(said[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain[real], expected[real], rtol=1e-2)
+    words = [m.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False) for m in (model, prompted)]
+    assert torch.equal(*words)
+
+
 # ---- refusals
 
 
@@ -314,13 +331,20 @@ def test_a_model_whose_attention_takes_no_prefix_is_refused(make, says):
 
 @pytest.mark.parametrize(
     ("settings", "start"),
-    [({}, [3]), ({}, [0.5] * P), ({"prefix_projection": True}, [3] * P), ({}, [[3] * P])],
+    [
+        ({}, [3]),
+        ({}, [0.5] * P),
+        ({}, torch.ones(P, 23)),
+        ({"prefix_projection": True}, [3] * P),
+        ({}, [[3] * P]),
+    ],
 )
 def test_a_start_that_does_not_fit_is_refused(settings, start):
     model = tiny_model("llama")
     before = picture(model)
     with pytest.raises(
-        ValueError, match=r"start is .*; expected 5 token ids, as many as num_virtual_tokens, and no"
+        ValueError,
+        match=r"(?s)start is .*; expected 5 token ids, as many as num_virtual_tokens, or their emb",
     ):
         PrefixTuning(num_virtual_tokens=P, **settings).attach(model, start)
     assert differences(before, picture(model)) == []
