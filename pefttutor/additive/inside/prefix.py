@@ -137,18 +137,19 @@ class PrefixTuning:
     def _computed(self, model: nn.Module, form: Form, start: Any) -> nn.Parameter:
         """The keys and values that the frozen model computes of words."""
         words, table = torch.as_tensor(start), token_table(model, BEFORE)
-        kind, shape = "input_ids", (self.num_virtual_tokens,)
+        kind, rows, width = "input_ids", self.num_virtual_tokens, table.shape[1]
+        fits = words.shape == (rows,)
         if words.is_floating_point():
-            kind, shape, words = "inputs_embeds", (*shape, table.shape[1]), words.detach().to(table)
-        if words.shape != shape or self.prefix_projection:
+            kind, fits, words = "inputs_embeds", words.shape == (rows, width), words.detach().to(table)
+        if not fits or self.prefix_projection:
             raise ValueError(
-                f"start is {start!r}; expected {self.num_virtual_tokens} token ids, as many as num_virtual_tokens, or "
-                f"their embeddings, {(self.num_virtual_tokens, table.shape[1])}, and no prefix_projection: an MLP "
+                f"start is {start!r}; expected {rows} token ids, as many as num_virtual_tokens, or "
+                f"their embeddings, {(rows, width)}, and no prefix_projection: an MLP "
                 "can't be told what to make."
             )
         inputs = {kind: words[None].to(table.device)}
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
             inputs[f"decoder_{kind}"] = inputs[kind]
-        rows = [x for _, *both in recorded(model, form.body, inputs).values() for x in both]
-        made = torch.stack([x[0] for x in rows]).permute(2, 0, 1, 3).flatten(1)  # (P, 2 L, heads, head_dim)
+        states = [x for _, *both in recorded(model, form.body, inputs).values() for x in both]
+        made = torch.stack([x[0] for x in states]).permute(2, 0, 1, 3).flatten(1)  # (P, 2 L, heads, head_dim)
         return nn.Parameter(made.to(torch.promote_types(made.dtype, torch.float32)))
