@@ -1,4 +1,4 @@
-"""Notebook 07, proxy-tuning: the sum of logits, writing with three caches, a model that hides, two rows in one pass."""
+"""Notebook 07, proxy-tuning: the sum of logits, three caches; in 07b a model that hides, and two rows in one pass."""
 
 from __future__ import annotations
 
