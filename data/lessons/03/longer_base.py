@@ -2,7 +2,7 @@
 
     python data/lessons/03/longer_base.py        goes on where it was stopped
 
-A run takes two to three minutes on one core, all of them less than twenty minutes on two. Lesson 03 reads the table,
+A run takes two to three minutes on one free core, all twelve of them less than twenty minutes on two. Lesson 03 reads the table,
 longer_base.jsonl.
 """
 

@@ -3,8 +3,8 @@
     python data/lessons/03/longer_small.py        goes on where it was stopped
 
 Both ways have a rate of their own, searched on two other seeds, and a new head that trains beside them. `train` is the
-accuracy on the examples that were learnt from. A run takes a bit more than a minute on one core, all of them a quarter
-of an hour on two.
+accuracy on the examples that were learnt from. A run takes a bit more than a minute on one free core, all 24 of them a
+quarter of an hour on two.
 
 Lesson 03 reads the table, longer_small.jsonl.
 """
