@@ -2,8 +2,8 @@
 
     python data/lessons/03/longer_base.py        goes on where it was stopped
 
-A run takes two to three minutes on one free core, all twelve of them less than twenty minutes on two. Lesson 03 reads the table,
-longer_base.jsonl.
+A run takes two to three minutes on one free core, all twelve of them less than twenty minutes on two.
+Lesson 03 reads the table, longer_base.jsonl.
 """
 
 import runpy
