@@ -186,6 +186,18 @@ def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
+def of_compacter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """In the model one A, and in each layer S and T of both matrices, and two biases."""
+    found, m = {"compacter_A": method.n**3}, method.bottleneck
+    for path, (_, d) in layers(base, ENDS[kind]).items():
+        for which, rows, columns in (("down", d, m), ("up", m, d)):
+            found |= {
+                f"{path}.compacter_{which}_{key}": size
+                for key, size in (("S", method.r * rows), ("T", method.r * columns), ("bias", columns))
+            }
+    return found
+
+
 def of_fusion(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     widths = {n: out for n, (_, out) in layers(base, ENDS[kind]).items()}
     square = {f"{n}.fusion_{key}": d * d for n, d in widths.items() for key in ("query", "key", "value")}
@@ -342,6 +354,12 @@ CASES = {
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
+    "Compacter": Case(
+        lambda kind: pt.Compacter(
+            bottleneck=4, n=2, r=2, init_std=0.5, target_modules=ENDS[kind] if kind == "net" else None
+        ),
+        of_compacter,
+    ),
     "DeltaLoRA": Case(
         lambda kind: pt.DeltaLoRA(r=2, lora_alpha=3, start_steps=1, target_modules=TARGETS[kind]), of_lora
     ),
@@ -412,6 +430,7 @@ CANNOT = {
         "merge",
     ): r"can't be merged: (a bottleneck adapter has a nonlinearity|fused adapters have non)",
     ("BitFit", "t5"): r"BitFit: this model has no bias .*LayerNormTuning",
+    ("Compacter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     ("PASTA", "t5"): r"PASTA reads one text, and a T5ForConditionalGeneration has two",
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
     ("PASTA", "net"): r"PASTA adds to special tokens, and a Net has none",
@@ -434,6 +453,7 @@ CANNOT = {
 STARTS_OTHERWISE = {
     "Masking": "it prunes init_sparsity of the weights at once",
     "PTuning": "the model reads other words",
+    "Compacter": "its adapters start near zero, and not at it",
     "AdapterFusion": "it starts as a mean of what the adapters have learned",
     "PrefixTuning": "the model sees other keys",
     "PromptTuning": "the model reads other words",

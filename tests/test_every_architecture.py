@@ -70,6 +70,9 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
             kind(adapters=("a", "b")),
             before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
         ),
+        "Compacter": lambda: SetUp(
+            kind(bottleneck=4, n=2, r=2, target_modules=_where_not_found(model, scaled))
+        ),
         # With the draws of seed 0 two of DistilBERT's ReLU units lie so near zero that autocast's rounding opens them.
         "AdaLoRA": lambda: SetUp(
             kind(init_r=3, target_r=2, total_step=2, target_modules=targets, init_seed=1)
@@ -269,7 +272,8 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors, prompt, prefix = {}, {}, None, None
-        adapters, fusions = _by_layer(leaves, "adapter_"), _by_layer(leaves, "fusion_")
+        adapters = _by_layer(leaves, "adapter_") | _of_products(leaves)
+        fusions = _by_layer(leaves, "fusion_")
         fused = [
             _by_layer(a.tensors(model), "adapter_")
             for a in pefttutor.attached(model).values()
@@ -332,7 +336,7 @@ class ByHand:
                 prefix = leaf
             elif key.startswith("ptuning_"):
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
-            elif not key.startswith(("adapter_", "fusion_", "ssf_shift")) and (
+            elif not key.startswith(("adapter_", "compacter_", "fusion_", "ssf_shift")) and (
                 key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")
             ):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
@@ -347,6 +351,17 @@ def _by_layer(tensors: Mapping[str, Tensor], start: str) -> dict[str, dict[str, 
         if key.startswith(start):
             found.setdefault(path, {})[key.removeprefix(start)] = tensor
     return found
+
+
+def _of_products(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The projections of adapters that are sums of Kronecker products with the model's A."""
+    made: dict[str, dict[str, Tensor]] = {}
+    for path, w in _by_layer(leaves, "compacter_").items():
+        for which in ("down", "up") if path else ():
+            products = zip(leaves["compacter_A"], w[f"{which}_S"], w[f"{which}_T"], strict=True)
+            total = sum(torch.kron(A, S @ T) for A, S, T in products)
+            made.setdefault(path, {}).update({which: total.t(), f"{which}_bias": w[f"{which}_bias"]})
+    return made
 
 
 def its_own(model: nn.Module) -> Any:
@@ -380,7 +395,7 @@ def _adapters(base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], met
     """Adapters by hand: what a layer gives, and s times two matrices with GELU between them applied to it."""
 
     def add(w: Mapping[str, Tensor], layer: nn.Module, args: Any, h: Tensor) -> Tensor:
-        return h + method.scaling * _branch(w, h)
+        return h + getattr(method, "scaling", 1.0) * _branch(w, h)
 
     handles = [
         base.get_submodule(path).register_forward_hook(functools.partial(add, weights))
@@ -910,7 +925,17 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{
         name: {_NOT_LINEAR: ("ResNet",)}
-        for name in ("AdaLoRA", "Adapter", "AdapterFusion", "DeltaLoRA", "IA3", "LoRA", "ReLoRA", *LIKE_LORA)
+        for name in (
+            "AdaLoRA",
+            "Adapter",
+            "AdapterFusion",
+            "Compacter",
+            "DeltaLoRA",
+            "IA3",
+            "LoRA",
+            "ReLoRA",
+            *LIKE_LORA,
+        )
     },
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(

@@ -3,6 +3,7 @@
 from pefttutor.additive.input.prompt import PromptTuning
 from pefttutor.additive.input.ptuning import PTuning
 from pefttutor.additive.inside.adapter import Adapter
+from pefttutor.additive.inside.compacter import Compacter
 from pefttutor.additive.inside.fusion import AdapterFusion
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.pasta import PASTA
@@ -16,6 +17,7 @@ __all__ = [
     "SSF",
     "Adapter",
     "AdapterFusion",
+    "Compacter",
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
