@@ -186,6 +186,44 @@ def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
+def of_adapter_bias(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """w and v of the layer that ends each feed-forward, and b where that has a bias."""
+    biased = {n.removesuffix(".bias") for n, _ in base.named_parameters() if n.endswith(".bias")}
+    ends = {
+        n: shape
+        for n, shape in layers(base, ENDS[kind][-1:]).items()
+        if "attention" not in n and "attn" not in n
+    }
+    return {
+        f"{n}.adapterbias_{key}": size
+        for n, (i, o) in ends.items()
+        for key, size in {"w": i, "v": o, "b": 1}.items()
+        if key != "b" or n in biased
+    }
+
+
+def of_llama_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """In each layer as many prompts as wide as the model, and one gate."""
+    found = layers(base, ("o_proj",))
+    return {
+        f"{n}.adaption_{key}": size
+        for n, (_, o) in found.items()
+        for key, size in (("prompt", method.adapter_len * o), ("gate", 1))
+    }
+
+
+def of_compacter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """In the model one A, and in each layer S and T of both matrices, and two biases."""
+    found, m = {"compacter_A": method.n**3}, method.bottleneck
+    for path, (_, d) in layers(base, ENDS[kind]).items():
+        for which, rows, columns in (("down", d, m), ("up", m, d)):
+            found |= {
+                f"{path}.compacter_{which}_{key}": size
+                for key, size in (("S", method.r * rows), ("T", method.r * columns), ("bias", columns))
+            }
+    return found
+
+
 def of_fusion(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     widths = {n: out for n, (_, out) in layers(base, ENDS[kind]).items()}
     square = {f"{n}.fusion_{key}": d * d for n, d in widths.items() for key in ("query", "key", "value")}
@@ -335,6 +373,9 @@ CASES = {
         lambda kind: pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=TARGETS[kind]), of_adalora
     ),
     "Adapter": Case(adapter, of_adapter),
+    "AdapterBias": Case(
+        lambda kind: pt.AdapterBias(target_modules=ENDS[kind] if kind == "net" else None), of_adapter_bias
+    ),
     "AdapterFusion": Case(
         lambda kind: pt.AdapterFusion(adapters=("a", "b")), of_fusion, before=two_adapters
     ),
@@ -342,6 +383,12 @@ CASES = {
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
+    "Compacter": Case(
+        lambda kind: pt.Compacter(
+            bottleneck=4, n=2, r=2, init_std=0.5, target_modules=ENDS[kind] if kind == "net" else None
+        ),
+        of_compacter,
+    ),
     "DeltaLoRA": Case(
         lambda kind: pt.DeltaLoRA(r=2, lora_alpha=3, start_steps=1, target_modules=TARGETS[kind]), of_lora
     ),
@@ -351,6 +398,7 @@ CASES = {
     "FishDip": Case(lambda kind: pt.FishDip(fraction=0.1), share("fraction"), examples),
     "FishMask": Case(lambda kind: pt.FishMask(fraction=0.1), share("fraction"), examples),
     "IA3": Case(ia3, of_ia3),
+    "LLaMAAdapter": Case(lambda kind: pt.LLaMAAdapter(adapter_len=3), of_llama_adapter),
     "LTSFT": Case(lambda kind: pt.LTSFT(l1_weight=0.1), everything),
     "LastLayers": Case(
         lambda kind: pt.LastLayers(fraction=0.5),
@@ -412,6 +460,20 @@ CANNOT = {
         "merge",
     ): r"can't be merged: (a bottleneck adapter has a nonlinearity|fused adapters have non)",
     ("BitFit", "t5"): r"BitFit: this model has no bias .*LayerNormTuning",
+    ("Compacter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
+    **{
+        (
+            "LLaMAAdapter",
+            kind,
+        ): rf"attentions that have the linear layers q_proj, .* and in a {model} there is none"
+        for kind, model in (
+            ("gpt2", "GPT2LMHeadModel"),
+            ("bert", r"BertFor\w+"),
+            ("t5", r"T5For\w+"),
+            ("net", "Net"),
+        )
+    },
+    ("LLaMAAdapter", "merge"): r"can't be merged: prompts in an attention depend on the queries",
     ("PASTA", "t5"): r"PASTA reads one text, and a T5ForConditionalGeneration has two",
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
     ("PASTA", "net"): r"PASTA adds to special tokens, and a Net has none",
@@ -434,6 +496,7 @@ CANNOT = {
 STARTS_OTHERWISE = {
     "Masking": "it prunes init_sparsity of the weights at once",
     "PTuning": "the model reads other words",
+    "Compacter": "its adapters start near zero, and not at it",
     "AdapterFusion": "it starts as a mean of what the adapters have learned",
     "PrefixTuning": "the model sees other keys",
     "PromptTuning": "the model reads other words",

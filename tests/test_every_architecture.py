@@ -38,6 +38,8 @@ from tests.formulas import FORMULAS, USED
 LIKE_LORA = (
     "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
 )  # fmt: skip
+# Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
+IN_HOOKS = ("adapter_", "adaption_", "compacter_", "fusion_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {"lora_B", "lora_E", "lora_gate", "lora_magnitude_vector", "lora_update_ratio", *USED}
 
@@ -69,6 +71,11 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "AdapterFusion": lambda: SetUp(
             kind(adapters=("a", "b")),
             before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
+        ),
+        "AdapterBias": lambda: SetUp(kind(target_modules=_where_not_found(model, scaled))),
+        "LLaMAAdapter": lambda: SetUp(kind(adapter_len=3)),
+        "Compacter": lambda: SetUp(
+            kind(bottleneck=4, n=2, r=2, target_modules=_where_not_found(model, scaled))
         ),
         # With the draws of seed 0 two of DistilBERT's ReLU units lie so near zero that autocast's rounding opens them.
         "AdaLoRA": lambda: SetUp(
@@ -248,7 +255,8 @@ class Form:
 @dataclass
 class ByHand:
     """What trains as leaves, by the name it is saved under; the base's weights made of these; PASTA's vectors; the
-    projections of adapters; those of fusions, and of the adapters that they fuse; a prompt; and a prefix."""
+    projections of adapters; those of fusions, and of the adapters that they fuse; the prompts of attentions; a prompt;
+    and a prefix."""
 
     leaves: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -256,6 +264,7 @@ class ByHand:
     adapters: dict[str, dict[str, Tensor]]
     fusions: dict[str, dict[str, Tensor]]
     fused: list[dict[str, dict[str, Tensor]]]
+    prompts: dict[str, dict[str, Tensor]]
     prompt: Tensor | None = None
     prefix: Tensor | None = None
 
@@ -269,7 +278,9 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors, prompt, prefix = {}, {}, None, None
-        adapters, fusions = _by_layer(leaves, "adapter_"), _by_layer(leaves, "fusion_")
+        adapters = _by_layer(leaves, "adapter_") | _of_products(leaves)
+        fusions = _by_layer(leaves, "fusion_")
+        prompts = _by_layer(leaves, "adaption_")
         fused = [
             _by_layer(a.tensors(model), "adapter_")
             for a in pefttutor.attached(model).values()
@@ -303,6 +314,11 @@ class ByHand:
                 n_in, n_out = sizes(base.get_submodule(path))
                 delta = formula(given, n_in, n_out, method, model)
                 made[weight] = W[weight] + (delta.t() if turned else delta)
+            elif key == "adapterbias_v":
+                w = leaves[f"{path}.adapterbias_w"]
+                made[weight] = W[weight] + (torch.outer(w, leaf) if turned else torch.outer(leaf, w))
+                if f"{path}.adapterbias_b" in leaves:
+                    made[bias] = W[bias] + leaves[f"{path}.adapterbias_b"] * leaf
             elif key == "ia3_l":
                 on_input = path.endswith(tuple(method.feedforward_modules))
                 made[weight] = W[weight] * (leaf if on_input != turned else leaf[:, None])
@@ -332,11 +348,11 @@ class ByHand:
                 prefix = leaf
             elif key.startswith("ptuning_"):
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
-            elif not key.startswith(("adapter_", "fusion_", "ssf_shift")) and (
-                key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")
-            ):
+            elif not key.startswith(
+                ("adapter_", "adapterbias_", "adaption_", "compacter_", "fusion_", "ssf_shift")
+            ) and (key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
-        return cls(leaves, made, vectors, adapters, fusions, fused, prompt, prefix)
+        return cls(leaves, made, vectors, adapters, fusions, fused, prompts, prompt, prefix)
 
 
 def _by_layer(tensors: Mapping[str, Tensor], start: str) -> dict[str, dict[str, Tensor]]:
@@ -347,6 +363,17 @@ def _by_layer(tensors: Mapping[str, Tensor], start: str) -> dict[str, dict[str, 
         if key.startswith(start):
             found.setdefault(path, {})[key.removeprefix(start)] = tensor
     return found
+
+
+def _of_products(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The projections of adapters that are sums of Kronecker products with the model's A."""
+    made: dict[str, dict[str, Tensor]] = {}
+    for path, w in _by_layer(leaves, "compacter_").items():
+        for which in ("down", "up") if path else ():
+            products = zip(leaves["compacter_A"], w[f"{which}_S"], w[f"{which}_T"], strict=True)
+            total = sum(torch.kron(A, S @ T) for A, S, T in products)
+            made.setdefault(path, {}).update({which: total.t(), f"{which}_bias": w[f"{which}_bias"]})
+    return made
 
 
 def its_own(model: nn.Module) -> Any:
@@ -380,7 +407,7 @@ def _adapters(base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], met
     """Adapters by hand: what a layer gives, and s times two matrices with GELU between them applied to it."""
 
     def add(w: Mapping[str, Tensor], layer: nn.Module, args: Any, h: Tensor) -> Tensor:
-        return h + method.scaling * _branch(w, h)
+        return h + getattr(method, "scaling", 1.0) * _branch(w, h)
 
     handles = [
         base.get_submodule(path).register_forward_hook(functools.partial(add, weights))
@@ -413,6 +440,51 @@ def _fusions(
 
     handles = [
         base.get_submodule(path).register_forward_hook(functools.partial(add, path)) for path in fusions
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _with_prompts(base: nn.Module, prompts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Prompts in attentions by hand: each head's queries, turned as complex numbers, look at them one by one."""
+
+    def heads(attention: Any, x: Tensor, norm: str) -> Tensor:
+        d, normalise = attention.head_dim, getattr(attention, norm, lambda x: x)
+        x = x if getattr(normalise, "weight", x).shape[-1:] != (d,) else x.unflatten(-1, (-1, d))
+        x = normalise(x)
+        return x if x.shape[-1] == d and x.dim() > 3 else x.unflatten(-1, (-1, d)) if x.shape[-1] != d else x
+
+    def attend(path: str, attention: Any, args: Any, kwargs: Any) -> Any:
+        w, h = prompts[f"{path}.o_proj"], kwargs.get("hidden_states", args[0] if args else None)
+        d, rotation = (
+            attention.head_dim,
+            kwargs.get("position_embeddings", args[1] if len(args) > 1 else None),
+        )
+        q = heads(attention, attention.q_proj(h), "q_norm").view(*h.shape[:2], -1, d)
+        if isinstance(rotation, tuple):
+            cos, sin = rotation
+            half = cos.shape[-1] // 2
+            angles = torch.complex(cos, sin)[..., None, :half]
+            turned = torch.complex(q[..., :half], q[..., half : 2 * half]) * angles
+            q = torch.cat([turned.real, turned.imag, q[..., 2 * half :]], -1)
+        K = heads(attention, attention.k_proj(w["prompt"]), "k_norm").view(len(w["prompt"]), -1, d)
+        V = attention.v_proj(w["prompt"]).view(len(w["prompt"]), -1, d)
+        found, shared = [], q.shape[2] // K.shape[1]
+        for head in range(q.shape[2]):
+            seen = attention.scaling * q[:, :, head] @ K[:, head // shared].t()
+            found.append(w["gate"] * seen.softmax(-1) @ V[:, head // shared])
+        more = torch.cat(found, -1)
+        handle = attention.o_proj.register_forward_pre_hook(
+            lambda layer, x: (handle.remove(), (x[0] + more,))[1]
+        )
+
+    handles = [
+        base.get_submodule(place.removesuffix(".o_proj")).register_forward_pre_hook(
+            functools.partial(attend, place.removesuffix(".o_proj")), with_kwargs=True
+        )
+        for place in prompts
     ]
     yield
     for handle in handles:
@@ -521,6 +593,7 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
     with contextlib.ExitStack() as stack:
         stack.enter_context(_special(base, by_hand.vectors, batch, method))
         stack.enter_context(_adapters(base, by_hand.adapters, method))
+        stack.enter_context(_with_prompts(base, by_hand.prompts))
         stack.enter_context(_fusions(base, by_hand.fusions, by_hand.fused))
         if by_hand.prompt is not None:
             inputs = stack.enter_context(_prompted(base, by_hand.prompt, inputs))
@@ -910,7 +983,17 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{
         name: {_NOT_LINEAR: ("ResNet",)}
-        for name in ("AdaLoRA", "Adapter", "AdapterFusion", "DeltaLoRA", "IA3", "LoRA", "ReLoRA", *LIKE_LORA)
+        for name in (
+            "AdaLoRA",
+            "Adapter",
+            "AdapterFusion",
+            "Compacter",
+            "DeltaLoRA",
+            "IA3",
+            "LoRA",
+            "ReLoRA",
+            *LIKE_LORA,
+        )
     },
     "ProxyTuning": {
         r"steers what a causal language model writes next, and a \w+ isn't one": tuple(

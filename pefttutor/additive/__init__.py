@@ -3,8 +3,11 @@
 from pefttutor.additive.input.prompt import PromptTuning
 from pefttutor.additive.input.ptuning import PTuning
 from pefttutor.additive.inside.adapter import Adapter
+from pefttutor.additive.inside.adapter_bias import AdapterBias
+from pefttutor.additive.inside.compacter import Compacter
 from pefttutor.additive.inside.fusion import AdapterFusion
 from pefttutor.additive.inside.ia3 import IA3
+from pefttutor.additive.inside.llama_adapter import LLaMAAdapter
 from pefttutor.additive.inside.pasta import PASTA
 from pefttutor.additive.inside.prefix import PrefixTuning
 from pefttutor.additive.inside.ssf import SSF
@@ -15,7 +18,10 @@ __all__ = [
     "PASTA",
     "SSF",
     "Adapter",
+    "AdapterBias",
     "AdapterFusion",
+    "Compacter",
+    "LLaMAAdapter",
     "PTuning",
     "PrefixTuning",
     "PromptTuning",

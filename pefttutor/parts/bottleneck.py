@@ -10,7 +10,7 @@ at a norm   y = N(z + A(N(z)))          f is the norm N that follows the residua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pefttutor.parts.attachment import added_key
 from pefttutor.parts.layer_change import Compute, LayerChange
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.norms import is_norm
+from pefttutor.parts.weight_delta import beside
 
 __all__ = ["ACTIVATIONS", "Bottleneck", "Noted", "draw_projections", "width_of"]
 
@@ -46,10 +47,10 @@ def width_of(layer: nn.Module) -> int:
 
 def draw_projections(
     width: int, bottleneck: int, generator: torch.Generator, std: float | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """W_d and b_d as in a new `nn.Linear`, W_u and b_u zero; with `std`, both W normal within ± 2 std, and b zero.
 
-    They are drawn on the CPU, so that every device gets the same.
+    They come by their keys, and are drawn on the CPU, so that every device gets the same.
 
     Shapes: → (m, d), (m), (d, m), (d).
     """
@@ -61,7 +62,7 @@ def draw_projections(
     else:
         for weight in (down, up):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-    return down, down_bias, up, up_bias
+    return dict(zip(KEYS, (down, down_bias, up, up_bias), strict=True))
 
 
 class Noted:
@@ -98,33 +99,37 @@ class Bottleneck(LayerChange):
     Cost: 2·m·d + m + d values and 4·m·d FLOPs a token; it can't be folded into a weight.
     """
 
+    makes = False  # whether `projections` makes them in each call
+
     def __init__(
         self,
         path: str,
         layer: nn.Module,
         name: str,
-        projections: tuple[Tensor, Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Tensor],
         *,
         activation: str,
         scaling: float = 1.0,
         source: Noted | None = None,
     ) -> None:
-        """`source`: what a parallel adapter reads; None lets it read what the layer gives."""
+        """`tensors`: those of `projections`, or what makes them, by their keys. `source`: what a parallel adapter
+        reads; None lets it read what the layer gives."""
         self.activation, self.scaling, self.source, self.at_norm = activation, scaling, source, is_norm(layer)
-        self.bottleneck, self.width = projections[0].shape
-        weight = next(iter(layer.parameters()), next(iter(layer.buffers()), projections[0]))
-        # At least float32, also next to a half-precision weight: small steps would be rounded away otherwise.
-        given = weight.dtype if weight.is_floating_point() else torch.float32
-        dtype = torch.promote_types(given, torch.float32)
-        added = [nn.Parameter(value.to(weight.device, dtype)) for value in projections]
-        super().__init__(path, layer, name, {added_key(k, name): p for k, p in zip(KEYS, added, strict=True)})
+        self.width = width_of(layer)
+        self.bottleneck = next(len(t) for key, t in tensors.items() if key.endswith("down_bias"))
+        added = beside(layer, {key: nn.Parameter(value) for key, value in tensors.items()})
+        super().__init__(path, layer, name, {added_key(key, name): p for key, p in added.items()})
 
     def describe(self) -> str:
         return f"{self.name}: bottleneck={self.bottleneck}, scaling={self.scaling:g}"
 
+    def projections(self) -> Sequence[Tensor]:
+        """W_d (m, d), b_d (m), W_u (d, m) and b_u (d)."""
+        return self.trained()
+
     def branch(self, h: Tensor) -> Tensor:
         """A(h) = s · (σ(h W_dᵀ + b_d) W_uᵀ + b_u). Shapes: (…, d) → (…, d)."""
-        down, down_bias, up, up_bias = (parameter.to(h.dtype) for parameter in self.trained())
+        down, down_bias, up, up_bias = (each.to(h.dtype) for each in self.projections())
         narrow = ACTIVATIONS[self.activation](F.linear(h, down, down_bias))  # (…, m)
         return self.scaling * F.linear(narrow, up, up_bias)
 
@@ -155,8 +160,9 @@ class Bottleneck(LayerChange):
         narrow = tape.linear(source, self.bottleneck, kind, weight=True, bias=True)
         narrow = tape.activation(self.activation, narrow, kind)
         tape.linear(narrow, self.width, kind, weight=True, bias=True)
-        down, _, up, _ = self.trained()
-        if up.element_size() != y.itemsize:  # the projections, rounded to the dtype of x
-            for weight in (up, down) if source.grad else (up,):
-                tape.save(y.like(rows=weight.shape[0], width=weight.shape[1]), kind)
+        if self.makes or self.trained()[0].element_size() != y.itemsize:  # the projections, made or rounded
+            for rows, width in ((self.width, self.bottleneck), (self.bottleneck, self.width))[
+                : 1 + source.grad
+            ]:
+                tape.save(y.like(rows=rows, width=width), kind)
         return y.like(grad=True)

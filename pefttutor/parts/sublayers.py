@@ -20,7 +20,7 @@ from pefttutor.data.trial import ordinary, trial
 from pefttutor.parts.freezing import added_by_others
 from pefttutor.parts.linear import all_linear
 
-__all__ = ["Sublayer", "sublayers"]
+__all__ = ["Sublayer", "sublayers", "trial_inputs"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _trial(
         with trial(model), torch.enable_grad():
             for p in others.values():
                 p.requires_grad_(True)
-            output = model(**_inputs(model))
+            output = model(**trial_inputs(model))
             said = [t.float().sum() for t in output.values() if isinstance(t, Tensor) and t.requires_grad]
             seen = [*(leaf for _, leaf in calls), *others.values()]
             found = torch.autograd.grad(torch.stack(said).sum(), seen, allow_unused=True)
@@ -138,7 +138,7 @@ def _trial(
     return [(name, reached) for (name, _), reached in zip(calls, reaches, strict=False)], past
 
 
-def _inputs(model: Any) -> dict[str, Tensor]:
+def trial_inputs(model: Any) -> dict[str, Tensor]:
     """Three tokens, or one picture, to try the model with; without values where the model has none."""
     reads = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)

@@ -21,6 +21,7 @@ from pefttutor.parts.fingerprint import check_base
 from pefttutor.saving.contents import filled, listed, savable
 from pefttutor.saving.files import write_atomically
 from pefttutor.saving.peft_adalora import read_adalora, write_adalora
+from pefttutor.saving.peft_adaption import read_adaption, write_adaption
 from pefttutor.saving.peft_form import Found, Reader, Writer, Written
 from pefttutor.saving.peft_lora import read_lora, write_lora
 from pefttutor.saving.peft_modules import HEADS, check_places, modules_in, modules_out, task_of
@@ -36,6 +37,7 @@ WRITERS: dict[str, Writer] = {
     "AdaLoRA": write_adalora,
     "IA3": write_ia3,
     "LayerNormTuning": write_norms,
+    "LLaMAAdapter": write_adaption,
     "PromptTuning": write_tokens,
     "PTuning": write_tokens,
     "PrefixTuning": write_prefix,
@@ -45,6 +47,7 @@ READERS: dict[str, Reader] = {
     "ADALORA": read_adalora,
     "IA3": read_ia3,
     "LN_TUNING": read_norms,
+    "ADAPTION_PROMPT": read_adaption,
     "PROMPT_TUNING": read_prompt,
     "P_TUNING": read_ptuning,
     "PREFIX_TUNING": read_prefix,
@@ -97,7 +100,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Non
         "task_type": task,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
-        "modules_to_save": fully or None,
+        **({"modules_to_save": fully} if fully else {}),  # not every one of its configurations knows the word
         **written.options,
     }
     base = base_of(model, without={*attachment.tensors(model), *whole})

@@ -53,12 +53,16 @@ def base(kind: str, dtype: torch.dtype = torch.float32, **own: Any) -> Any:
         return made(hf.LlamaForSequenceClassification, tiny_config("llama", num_labels=3), spread=True).to(
             dtype
         )
+    if kind == "mistral":  # without biases, one of which HF PEFT adds twice with its adaption prompts
+        sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+        config = hf.MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+        return made(hf.MistralForCausalLM, config, spread=True).to(dtype)
     return tiny_model(kind, dtype=dtype, **own)
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:
     """Two texts without padding before them, which HF PEFT's virtual tokens don't know of; for a classifier none."""
-    batch = tiny_batch("bert" if "classifier" in kind else kind)
+    batch = tiny_batch("bert" if "classifier" in kind else "llama" if kind == "mistral" else kind)
     batch = {key: value[:1] if "classifier" in kind else value[:2] for key, value in batch.items()}
     return batch | ({"decoder_input_ids": batch["input_ids"]} if kind == "t5" else {})
 
@@ -127,6 +131,7 @@ OURS = {
     "IA3": ("t5", pt.IA3(target_modules=("k", "v", "wo"), **FED)),
     "IA3 of a Conv1D": ("gpt2", pt.IA3(target_modules=("c_attn", "mlp.c_proj"), feedforward_modules=("mlp.c_proj",))),
     "LayerNormTuning": ("bert", pt.LayerNormTuning(modules_to_save=("classifier",))),
+    "LLaMAAdapter": ("mistral", pt.LLaMAAdapter(adapter_len=4, adapter_layers=2)),
     "PromptTuning": ("t5", pt.PromptTuning(**TOKENS)),
     "PromptTuning and a head": ("llama classifier", pt.PromptTuning(**TOKENS, modules_to_save=("score",))),
     "PromptTuning before a frozen head": ("llama classifier", pt.PromptTuning(**TOKENS)),
@@ -150,7 +155,7 @@ def test_what_was_trained_here_says_the_same_there(which, tmp_path):
     torch.testing.assert_close(mine, other, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
     again = pt.from_peft(base(kind), tmp_path)
     torch.testing.assert_close(logits(again, kind), mine, rtol=1e-5, atol=1e-5)
-    if kind in ("llama", "gpt2", "t5"):
+    if kind in ("llama", "gpt2", "t5", "mistral"):
         ids = batch_of(kind)["input_ids"][:1]
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | settings
@@ -258,6 +263,7 @@ THEIRS = {
     "IA3": ("t5", peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])),
     "IA3 of a Conv1D": ("gpt2", peft.IA3Config(target_modules=["c_attn", FFN], feedforward_modules=[FFN])),
     "norms": ("gpt2", peft.LNTuningConfig(target_modules=ALL_NORMS)),
+    "adaption prompts": ("mistral", peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")),
     "prompt": ("t5", peft.PromptTuningConfig(**TOKENS, task_type="SEQ_2_SEQ_LM")),
     "prompt and a head": ("llama classifier", peft.PromptTuningConfig(**TOKENS, task_type="SEQ_CLS")),
     "prefix": ("gpt2", peft.PrefixTuningConfig(**TOKENS, task_type="CAUSAL_LM")),
@@ -282,6 +288,7 @@ def gradients(model: Any, kind: str) -> dict[str, Tensor]:
             name = name.removeprefix("base_model.").removeprefix(
                 "model." if "base_model.model." in name else ""
             )
+            name = name.replace("self_attn.adaption_", "self_attn.o_proj.adaption_")
             name = re.sub(r"\.modules_to_save\.default|\.ln_tuning_layers\.default", "", name)
             name = (
                 name.replace("lora_embedding_", "lora_").removesuffix(".weight") if "lora_" in name else name
@@ -553,6 +560,10 @@ WITHOUT = {
     "BitFit": ("gpt2", pt.BitFit(), r"no BitFit is written for HF PEFT; there are LoRA, .*pefttutor.as_lora"),
     "AdaLoRA": ("gpt2", pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=("wte",)), "takes no embeddings"),
     "IA3": ("gpt2", pt.IA3(target_modules=("wte",), feedforward_modules=()), "takes no embeddings"),
+    "a gate a head": ("mistral", pt.LLaMAAdapter(gate="head"), "gate is 'head', and HF PEFT has one number for all"),
+    "a head beside prompts": ("mistral", pt.LLaMAAdapter(modules_to_save=("lm_head",)), "HF PEFT trains nothing else"),
+    "a bias added twice": ("llama", pt.LLaMAAdapter(), "self_attn.o_proj has a bias, which HF PEFT adds a second"),
+    "another type": ("qwen3", pt.LLaMAAdapter(), "those of llama and mistral, and this model is of the type 'qwen3'"),
     "places": ("gpt2", pt.PTuning(**TOKENS, placeholder_token_id=9), "HF PEFT knows them only before it"),
     "pooled": ("bert", pt.PromptTuning(**TOKENS), "classifies by a text's first token"),
     "T5": ("t5", pt.PrefixTuning(**TOKENS), "HF PEFT's prefixes are those of causal language models"),
@@ -566,6 +577,45 @@ def test_what_hf_peft_does_not_have_is_refused_with_what_to_do(which, tmp_path):
     with pytest.raises(ValueError, match=message):
         pt.to_peft(method.attach(base(kind)), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_in_attentions_that_mean_something_else_are_refused(tmp_path):
+    """HF PEFT's own come back bit for bit where they mean the same."""
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    theirs = trained(wrapped("mistral", config), "mistral")
+    theirs.save_pretrained(tmp_path)
+    before = written(tmp_path)[1]
+    model = pt.from_peft(base("mistral"), tmp_path)
+    pt.to_peft(model, tmp_path / "again")
+    again = written(tmp_path / "again")[1]
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in before.items())
+    first = next(key for key in before if key.endswith("prompt"))
+    for changed_file, kind, options, message in (
+        ({}, "llama", {}, "has a bias, which HF PEFT adds a second time"),
+        ({}, "gpt2", {}, r"this model has no 'model.layers.1.self_attn'"),
+        ({}, "mistral", {"target_modules": "mlp"}, "target_modules = 'mlp', which can't be said here"),
+        ({}, "mistral", {"adapter_layers": 3}, r"model.layers.0.self_attn.o_proj.adaption_prompt is missing"),
+        (
+            {first: before[first][0]},
+            "mistral",
+            {},
+            r"has the shape \(4, 24\), and prompts are \(1, adapter_len, d\)",
+        ),
+        (
+            {first: before[first][:, :3]},
+            "mistral",
+            {},
+            r"adaption_prompt has the shape \(3, 24\), not \(4, 24\)",
+        ),
+    ):
+        theirs.save_pretrained(tmp_path)
+        rewrite(tmp_path, before | changed_file, **options)
+        other = base(kind)
+        unchanged = picture(other)
+        with pytest.raises(ValueError, match=message):
+            pt.from_peft(other, tmp_path)
+        assert differences(unchanged, picture(other)) == []
 
 
 def test_several_merged_or_switched_off_attachments(tmp_path):

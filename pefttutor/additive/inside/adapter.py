@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
+from pefttutor.parts.adapter_places import adapter_places, check_narrow, sublayer_ends
 from pefttutor.parts.bottleneck import ACTIVATIONS, Bottleneck, Noted, draw_projections, width_of
 from pefttutor.parts.freezing import fully_trained, train_fully
-from pefttutor.parts.linear import why_not_linear
 from pefttutor.parts.modules import linear_targets
-from pefttutor.parts.norms import is_norm, norm_parameters
+from pefttutor.parts.norms import norm_parameters
 from pefttutor.parts.settings import check_choice, check_names, check_number, check_whole
 from pefttutor.parts.streams import Hooked
-from pefttutor.parts.sublayers import sublayers
 
 __all__ = ["Adapter"]
 
@@ -134,16 +133,16 @@ class Adapter:
 
     def _places(self, model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
         """The adapted layers by name, each with the name of the layer whose input is read, None for its own output."""
-        targets, starts = self.target_modules, self.input_modules
-        parallel = self.placement == "parallel"
-        if targets is None:
-            found = [s for s in sublayers(model) if s.last or self.placement == "houlsby"]
-            targets, starts = tuple(s.end for s in found), tuple(s.start for s in found)
-        layers = linear_targets(
-            model, targets, self.modules_to_save, why_not=why_not_linear if parallel else _why_not
-        )
-        read: list[str | None] = [None] * len(layers)
-        if parallel:
+        read: list[str | None]
+        if self.placement != "parallel":
+            layers = adapter_places(model, self.placement, self.target_modules, self.modules_to_save)
+            read = [None] * len(layers)
+        else:
+            targets, starts = self.target_modules, self.input_modules
+            if targets is None:
+                ends = sublayer_ends(model, self.placement)
+                targets, starts = tuple(ends), tuple(ends.values())
+            layers = linear_targets(model, targets, self.modules_to_save)
             read = list(linear_targets(model, starts or (), field="input_modules"))
             if len(read) != len(layers):
                 raise ValueError(
@@ -155,12 +154,7 @@ class Adapter:
             there = sorted({i for i in numbers.values() if i is not None})
             raise ValueError(f"skip_blocks: no adapted layer is in a block {absent[0]}; there are {there}.")
         places = {p: (layers[p], start) for p, start in zip(layers, read, strict=True) if self._kept(p)}
-        for path, (layer, _) in places.items():
-            if self.bottleneck > width_of(layer):
-                raise ValueError(
-                    f"bottleneck is {self.bottleneck}, but {path!r} gives {width_of(layer)} features: it must be at "
-                    f"most {width_of(layer)}."
-                )
+        check_narrow({path: layer for path, (layer, _) in places.items()}, self.bottleneck)
         return places
 
     def _kept(self, path: str) -> bool:
@@ -172,11 +166,6 @@ class Adapter:
         if self.skip_blocks:
             names = [name for name in names if _block_number(name) is not None and self._kept(name)]
         return names
-
-
-def _why_not(layer: nn.Module) -> str | None:
-    """Why nothing can be added to what a layer gives, or None."""
-    return None if is_norm(layer) and "forward" not in vars(layer) else why_not_linear(layer)
 
 
 def _block_number(path: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What the library `adapters` makes of tiny models with bottleneck adapters and fusions, written to a small file.
+"""What the library `adapters` makes of tiny models with adapters, compacters and fusions, written to a small file.
 
 It needs an older transformers than the package, so it is run in an environment of its own, and its results are stored:
 
@@ -7,7 +7,7 @@ It needs an older transformers than the package, so it is run in an environment 
 
 The file beside this one has for each model its weights and for each case the adapters, both exact in float32, and in
 float64 the last hidden states h and the gradients of Σ h ⊙ w for w = linspace(-1, 1): those of the adapters and of the
-fusions, and with Houlsby's those of the base's norms, which he trains too.
+fusions, and with Houlsby's and Compacter those of the base's norms, which their authors train too.
 Last written with adapters 1.3.0, transformers 4.57.6, torch 2.13.0.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 FILE = Path(__file__).with_suffix(".safetensors")
 WIDTH, BOTTLENECK = 8, 3
+PRODUCTS = {"compacter": (2, 2), "compacter-plus-plus": (4, 1)}  # how many of them, and the rank of each
 SIZES = {
     "vocab_size": 12, "hidden_size": WIDTH, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 16,
@@ -98,7 +99,7 @@ def run(kind: str, config: object, *, fused: bool, norms: bool) -> dict[str, Ten
 def main() -> None:
     import adapters
     import transformers
-    from adapters import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+    from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
     from safetensors.torch import save_file
 
     size = {"reduction_factor": WIDTH / BOTTLENECK}
@@ -109,6 +110,12 @@ def main() -> None:
         "at-norm": SeqBnConfig(non_linearity="relu", **size),
         "parallel": ParBnConfig(non_linearity="silu", scaling=4.0, **size),
     }
+    for name, (n, r) in PRODUCTS.items():
+        products = {"phm_dim": n, "phm_rank": r, "reduction_factor": 2, "non_linearity": "gelu"}
+        kind = CompacterConfig if name == "compacter" else CompacterPlusPlusConfig
+        configs[name] = kind(
+            original_ln_before=False, **products
+        )  # as the authors', without the norm of before
     tensors = {
         f"{kind}/{name}": p.detach().float()
         for kind in CONFIGS
@@ -116,9 +123,10 @@ def main() -> None:
     }
     cases = [("bert", name, False) for name in configs]
     cases += [("llama", "houlsby", False), ("llama", "pfeiffer", False)]
+    cases += [(kind, name, False) for kind in CONFIGS for name in PRODUCTS]
     cases += [("bert", "pfeiffer", True), ("bert", "at-norm", True), ("llama", "pfeiffer", True)]
     for kind, name, fused in cases:
-        found = run(kind, configs[name], fused=fused, norms=name == "houlsby")
+        found = run(kind, configs[name], fused=fused, norms=name in ("houlsby", "compacter"))
         tensors |= {f"{kind}-{'fused-' * fused}{name}/{key}": value for key, value in found.items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, FILE)
     print(
