@@ -161,8 +161,6 @@ class Bottleneck(LayerChange):
         narrow = tape.activation(self.activation, narrow, kind)
         tape.linear(narrow, self.width, kind, weight=True, bias=True)
         if self.makes or self.trained()[0].element_size() != y.itemsize:  # the projections, made or rounded
-            for rows, width in ((self.width, self.bottleneck), (self.bottleneck, self.width))[
-                : 1 + source.grad
-            ]:
-                tape.save(y.like(rows=rows, width=width), kind)
+            for _ in range(1 + source.grad):  # W_u, and W_d, which is as large, for what flows on
+                tape.save(y.like(rows=self.width, width=self.bottleneck), kind)
         return y.like(grad=True)

@@ -33,7 +33,7 @@ def write_adaption(model: nn.Module, attachment: Attachment) -> Written:
         raise ValueError(
             f"modules_to_save is {method.modules_to_save}, and beside prompts HF PEFT trains nothing else. {KEEP}"
         )
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for part in parts:
         path = part.path.rpartition(".")[0]
         _check_attention(model, path, model.get_submodule(path))
