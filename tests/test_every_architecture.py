@@ -474,6 +474,8 @@ def _with_prompts(base: nn.Module, prompts: Mapping[str, Mapping[str, Tensor]]) 
         found, shared = [], q.shape[2] // K.shape[1]
         for head in range(q.shape[2]):
             seen = attention.scaling * q[:, :, head] @ K[:, head // shared].t()
+            cap = getattr(attention, "attn_logit_softcapping", None)
+            seen = seen if cap is None else cap * (seen / cap).tanh()
             found.append(w["gate"] * seen.softmax(-1) @ V[:, head // shared])
         more = torch.cat(found, -1)
         handle = attention.o_proj.register_forward_pre_hook(
@@ -946,6 +948,12 @@ _NO_BIAS = ("Mistral", "Qwen3", "Gemma2", "Gemma3", "Phi3", "MPT", "Cohere", "OL
 _TWO_TEXTS = ("T5", "BART", "mBART", "Pegasus", "Marian", "Switch")
 _NO_TOKENS = ("Whisper", "ViT", "Swin", "ConvNeXt", "BEiT", "DINOv2", "ResNet", "Wav2Vec2", "HuBERT",
               "Whisper, encoder")  # fmt: skip
+_OTHER_NAMES = (  # or several in one layer, or no attention
+    "Phi3", "GPT-2", "GPT-NeoX", "GPT-J", "GPT-Neo", "OPT", "BLOOM", "Falcon", "MPT", "BERT", "RoBERTa", "DistilBERT",
+    "ALBERT", "ELECTRA", "DeBERTa-v2", "MPNet", "XLNet", "ModernBERT", "BERT, masked words", "T5", "BART", "mBART",
+    "Pegasus", "Marian", "Whisper", "Mamba", "Mamba2", "Switch", "ConvNeXt", "ResNet", "Wav2Vec2", "HuBERT",
+    "Whisper, encoder", "CLIP",
+)  # fmt: skip
 _NO_LABELS = r"needs labels, and an example has only input_ids, .*give log_likelihood="
 _NOT_LINEAR = r"'[\w.]+' can't be adapted: it is a Conv2d, not.*It has: "
 _NO_TEXT = {
@@ -979,6 +987,14 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "Jamba",
         ),
         **_NO_TEXT,
+    },
+    "LLaMAAdapter": {
+        r"linear layers q_proj, k_proj, v_proj, o_proj, .* in a \w+ there is none. PrefixTuning puts": _OTHER_NAMES,
+        r"'[\w.]+' of this \w+ computes something else \((another rotation\?|it has a parameter '[\w.]+')\)": (
+            "Cohere",
+            "BEiT",
+            "Swin",
+        ),
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{

@@ -23,22 +23,33 @@ from pefttutor.parts.sublayers import trial_inputs
 __all__ = ["Call", "Heads", "attentions"]
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How an attention divides what its layers give: so many heads of queries, of keys and values, of this width."""
+    """How an attention divides what its layers give: so many heads of queries, of keys and values, of this width.
+
+    scaling: of the products of queries and keys. cap: what their absolute values are kept below, as Gemma 2 does it.
+    """
 
     queries: int
     keys: int
     width: int
     scaling: float
+    cap: float | None
 
     @classmethod
     def of(cls, attention: Any) -> Heads:
         width = int(attention.head_dim)
         out = {name: sizes(getattr(attention, name))[1] // width for name in LAYERS[:2]}
-        return cls(out["q_proj"], out["k_proj"], width, float(getattr(attention, "scaling", width**-0.5)))
+        scaling, cap = (getattr(attention, key, None) for key in ("scaling", "attn_logit_softcapping"))
+        return cls(out["q_proj"], out["k_proj"], width, width**-0.5 if scaling is None else scaling, cap)
+
+    def scores(self, products: Tensor) -> Tensor:
+        """What goes into the softmax, of the products of queries and keys."""
+        scores = self.scaling * products
+        return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
 
 
 @dataclass(eq=False)
@@ -98,7 +109,7 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
     cos, sin = (each.unsqueeze(-2) for each in rotation)
     turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turning.chunk(2, -1)
-    turned = turning * cos + torch.cat([-second, first], -1) * sin
+    turned = (turning * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)  # angles may be in float32
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
@@ -121,6 +132,12 @@ def attentions(model: nn.Module, who: str) -> dict[str, nn.Module]:
             f"{who} attentions that have the linear layers {', '.join(LAYERS)}, as Llama's, and in a {kind} there is "
             "none. PrefixTuning puts keys and values before those of other attentions."
         )
+    for name, attention in found.items():
+        more = [
+            key for key, _ in attention.named_parameters() if key.partition(".")[0] not in (*LAYERS, *NORMS)
+        ]
+        if more:  # such as a bias for each distance, which may happen to be zero now
+            raise ValueError(_another_form(who, name, kind, f"it has a parameter {more[0]!r}"))
     if any(p.is_meta for p in model.parameters()):
         return found  # without values it can't be seen what they compute
     try:
@@ -133,11 +150,15 @@ def attentions(model: nn.Module, who: str) -> dict[str, nn.Module]:
     for name, (ours, theirs) in seen.items():
         near = 2e-2 if theirs.dtype.itemsize < 4 else 1e-4
         if ours is None or not float((ours - theirs).norm()) <= near * float(theirs.norm()):
-            raise ValueError(
-                f"{who} attentions that compute softmax(s · q kᵀ) v as Llama's, and {name!r} of this {kind} computes "
-                "something else (another rotation?). PrefixTuning puts keys and values before those of any."
-            )
+            raise ValueError(_another_form(who, name, kind, "another rotation?"))
     return {name: found[name] for name in seen}
+
+
+def _another_form(who: str, name: str, kind: str, what: str) -> str:
+    return (
+        f"{who} attentions that compute softmax(s · q kᵀ) v as Llama's, and {name!r} of this {kind} computes something "
+        f"else ({what}). PrefixTuning puts keys and values before those of other attentions."
+    )
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
@@ -183,7 +204,7 @@ def _formula(attention: Any, q: Tensor, h: Tensor, rotation: Any) -> Tensor:
     heads, wide = Heads.of(attention), torch.promote_types(q.dtype, torch.float32)
     k, v = keys_and_values(attention, h)
     k, v = (x.repeat_interleave(heads.queries // heads.keys, 2).to(wide) for x in (_rotated(k, rotation), v))
-    scores = heads.scaling * torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k)
+    scores = heads.scores(torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k))
     if getattr(attention, "is_causal", True):
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)

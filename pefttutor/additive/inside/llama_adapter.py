@@ -83,8 +83,8 @@ class LLaMAAdapter:
                 prompt = torch.empty(self.adapter_len, sizes(attention.k_proj)[0], device="cpu")
                 prompt.normal_(generator=generator)
                 gate, call = torch.zeros(self._gates(attention), device="cpu"), Call()
-                new.add(Hooked([(attention, call.enter)], after=[(attention.q_proj, call.note)]))
                 new.add(Attended(f"{path}.o_proj", attention, name, prompt, gate, call, self.gate))
+                new.add(Hooked([(attention, call.enter)], after=[(attention.q_proj, call.note)]))
             for part in fully:
                 new.add(part)
         return model
@@ -140,7 +140,7 @@ class Attended(LayerChange):
             x.transpose(0, 1).repeat_interleave(more, 0).to(q.dtype)
             for x in keys_and_values(attention, prompt)
         )  # (heads, adapter_len, width)
-        scores = self.heads.scaling * torch.bmm(q.flatten(0, 1).transpose(0, 1), K.mT)
+        scores = self.heads.scores(torch.bmm(q.flatten(0, 1).transpose(0, 1), K.mT))
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         gates = gate.tanh()[:, None, None] if self.kind == "head" else gate
         return torch.bmm(gates * weights, V).transpose(0, 1).reshape(*q.shape[:2], -1)

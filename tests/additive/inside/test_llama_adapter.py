@@ -219,6 +219,16 @@ def test_what_a_step_keeps_for_it_is_estimated(kind, attention, checkpointing, d
     assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_bias_for_each_distance_is_another_form_also_while_it_is_zero(device):
+    model = tiny_model("llama").to(device)
+    model.model.layers[1].self_attn.distances = nn.Parameter(torch.zeros(3, device=device))
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn' of .* else \(it has a parameter 'distances'\)"
+    ):
+        LLaMAAdapter().count(model)
+
+
 class Backwards(nn.Module):
     """A rotation by the other direction."""
 
