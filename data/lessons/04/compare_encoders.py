@@ -1,11 +1,11 @@
-"""Lesson 04: two other ways beside those of compare_prefixes.py, over ten seeds of the same two tasks.
+"""Lesson 04: two other ways beside those of compare_prefixes.py, over ten seeds of one of its tasks.
 
     python data/lessons/04/compare_encoders.py        goes on where it was stopped
 
-"P-tuning" has 8 virtual tokens in front of the text, which an LSTM makes. "words" is a prefix that trains itself, but
-starts as the keys and values that the frozen model computes of 8 words, drawn by the seed among the vocabulary's
-entries without a special meaning. Everything else is as there, and each way has a search of its own. Lesson 04 reads
-the table, compare_encoders.jsonl.
+"words" is a prefix that trains itself, but starts as the keys and values that the frozen model computes of 8 words,
+drawn by the seed among the vocabulary's entries without a special meaning. "P-tuning" has 8 virtual tokens in front of
+the text, which an LSTM makes. Everything else is as there, and each way has a search of its own. Lesson 04 reads the
+table, compare_encoders.jsonl.
 """
 
 import copy
@@ -19,10 +19,11 @@ from pefttutor import models
 from pefttutor.authoring.tables import compare, drawn, prepared
 
 PREFIXES = runpy.run_path(str(Path(__file__).with_name("compare_prefixes.py")))
-PROMPTS, MODEL, HEAD, STEPS, BATCH, TOKENS, CASES = (
-    PREFIXES[name] for name in ("PROMPTS", "MODEL", "HEAD", "STEPS", "BATCH", "TOKENS", "CASES")
+PROMPTS, MODEL, HEAD, STEPS, BATCH, TOKENS = (
+    PREFIXES[name] for name in ("PROMPTS", "MODEL", "HEAD", "STEPS", "BATCH", "TOKENS")
 )
-WAYS = {"P-tuning": (1e-3, 1e-2), "words": (1e-2, 1e-1)}  # each with its first window of rates
+TASK, N = "animals", 256
+WAYS = {"words": (1e-2, 1e-1), "P-tuning": (1e-3, 1e-2)}  # each with its first window of rates
 
 
 def words(seed):
@@ -33,29 +34,29 @@ def words(seed):
     return [ids[i] for i in order[:TOKENS].tolist()]
 
 
-def train(task, n, way, lr, seed):
+def train(way, lr, seed):
     """Train in one way; what `judged` of compare_prompts.py says of it."""
-    model, settings = copy.deepcopy(prepared(MODEL, task)[0]), {"init_seed": seed, "modules_to_save": HEAD}
+    model, settings = copy.deepcopy(prepared(MODEL, TASK)[0]), {"init_seed": seed, "modules_to_save": HEAD}
     if way == "words":
         pefttutor.PrefixTuning(num_virtual_tokens=TOKENS, **settings).attach(model, words(seed))
     else:
         pefttutor.PTuning(num_virtual_tokens=TOKENS, encoder="lstm", **settings).attach(model)
-    examples = drawn(MODEL, task, n, seed)
+    examples = drawn(MODEL, TASK, N, seed)
     pefttutor.fit(model, examples, steps=STEPS, batch_size=BATCH, lr=lr, seed=seed)
-    return PROMPTS["judged"](model, MODEL, task, seed)
+    return PROMPTS["judged"](model, MODEL, TASK, seed)
 
 
 if __name__ == "__main__":
     compare(
         __file__,
         train,
-        {(*case, way): window for case in CASES for way, window in WAYS.items()},
-        columns=("task", "n", "way"),
+        {(way,): window for way, window in WAYS.items()},
+        columns=("way",),
         rates=PROMPTS["RATES"],
         seeds=range(10),
         search_seeds=PROMPTS["SEARCH"],
         model=MODEL,
-        tasks=[task for task, _ in CASES],
+        tasks=[TASK],
         steps=STEPS,
         batch_size=BATCH,
         tokens=TOKENS,
