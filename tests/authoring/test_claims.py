@@ -20,7 +20,7 @@ def shown_in(notebook):
     cells = Document(notebook).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    return as_one_line(" ".join(texts))
+    return as_one_line(" ".join("".join(text) for text in texts))  # a file holds a text as a list of lines
 
 
 def claims_of(text):

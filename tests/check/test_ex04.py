@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from pefttutor import PrefixTuning, check, detach
 from pefttutor.check import ex04
+from pefttutor.parts.cached_attention import cache_key
 from tests.check.rejection import reason
 from tests.tiny import tiny_model
 
@@ -80,11 +81,11 @@ def test_the_package_puts_a_prefix_where_the_reference_does():
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         plain = detach(model)
-        cache = DynamicCache(
-            ddp_cache_data=ex04.layer_pairs(prefix, config.num_hidden_layers, config.num_key_value_heads, 2),
-            config=config,
-        )
-        came = plain(input_ids=ids, past_key_values=cache).logits
+        cache = DynamicCache(config=config)
+        pairs = ex04.layer_pairs(prefix, config.num_hidden_layers, config.num_key_value_heads, 2)
+        for layer, pair in enumerate(pairs):
+            cache.update(*pair, layer)
+        came = plain(input_ids=ids, **{cache_key(plain.model): cache}).logits
     assert torch.allclose(came, expected, atol=1e-5)
 
 
@@ -106,7 +107,7 @@ def test_the_package_counts_as_the_reference_does():
         (check.ex04_1, lambda **inputs: inputs["q"] @ inputs["k"].mT, "shape (2, 2, 3, 3)"),
         (check.ex04_2, lambda prefix_scores, text_scores: 0.5, "float"),
         (check.ex04_2, lambda prefix_scores, text_scores: ex04.prefix_share(prefix_scores, text_scores)[0], "shape"),
-        (check.ex04_3, lambda **inputs: ex04.layer_pairs(**inputs)[0], "result"),
+        (check.ex04_3, lambda **inputs: ex04.layer_pairs(**inputs)[0], "list of float32"),
         (check.ex04_3, lambda prefix, layers, heads, batch: prefix.view(batch, heads, -1, 7), "RuntimeError"),
         (check.ex04_4, lambda **inputs: nn.Linear(inputs["d"], inputs["width"]), "parameters"),
         (check.ex04_4, lambda **inputs: None, "AttributeError"),
