@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pefttutor.authoring.document import Document
+from pefttutor.authoring.document import Document, texts
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = sorted((ROOT / "data" / "lessons").glob("*/claims.md"))
@@ -19,8 +19,7 @@ def shown_in(notebook):
     """Everything that the notebook's cells have printed."""
     cells = Document(notebook).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    return as_one_line(" ".join("".join(text) for text in texts))  # a file holds a text as a list of lines
+    return as_one_line(" ".join(text for output in outputs for text in texts(output)))
 
 
 def claims_of(text):
