@@ -64,7 +64,10 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def close(came: Any, expected: Any, *, rtol: float = RTOL, atol: float = ATOL) -> bool:
-    """Whether two values have the same leaves: shape, and numbers within the tolerance; dtype is not looked at."""
+    """Whether two values have the same leaves: shape, and numbers within the tolerance; dtype is not looked at.
+
+    NaN is close to NaN, so that a mistake that gives some can be named.
+    """
     ours, theirs = list(leaves(came)), list(leaves(expected))
     if [name for name, _ in ours] != [name for name, _ in theirs]:
         return False
@@ -78,5 +81,6 @@ def _close(came: Any, expected: Any, rtol: float, atol: float) -> bool:
         if not isinstance(came, Tensor) or came.shape != expected.shape:
             return False
         wide = torch.promote_types(came.dtype, expected.dtype)
-        return torch.allclose(came.detach().to(wide), expected.detach().to(wide), rtol=rtol, atol=atol)
+        came, expected = came.detach().to(wide), expected.detach().to(wide)
+        return torch.allclose(came, expected, rtol=rtol, atol=atol, equal_nan=True)
     return type(came) is type(expected) and bool(came == expected)

@@ -21,6 +21,7 @@ REFERENCES = {
     "00": ("count_parameters", "train_only", "token_accuracy"),
     "02": ("static_bytes", "feed_forward_bytes", "kv_cache_bytes"),
     "03": ("with_prompt", "label_start", "mixed_batch"),
+    "04": ("prefix_attention", "prefix_share", "layer_pairs", "MadeByMLP"),
     "05": ("Bottleneck", "adapted_sublayer", "adapter_count", "for_all_tasks"),
     "07": ("steered", "write_steered", "steered_top", "two_row_linear"),
     "08": ("bias_names", "smallest_masks", "masked_step"),
