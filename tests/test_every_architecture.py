@@ -1002,6 +1002,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         for name in (
             "AdaLoRA",
             "Adapter",
+            "AdapterBias",
             "AdapterFusion",
             "Compacter",
             "DeltaLoRA",
