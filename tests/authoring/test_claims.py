@@ -43,6 +43,11 @@ def missing(claims, said, shown, root=ROOT):
     return found
 
 
+def test_every_lesson_has_its_list():
+    lessons = {path.name[:2] for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
+    assert {path.parent.name for path in LISTS} == lessons
+
+
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.parent.name)
 def test_each_claim_stands_in_its_lesson_and_has_a_carrier(path):
     (notebook,) = (ROOT / "notebooks").glob(f"{path.parent.name}_*.ipynb")
