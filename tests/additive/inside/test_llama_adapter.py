@@ -11,7 +11,19 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from pefttutor import DoRA, LLaMAAdapter, LoRA, detach, memory, switch, trainable
+from pefttutor import (
+    IA3,
+    AdapterBias,
+    DoRA,
+    LLaMAAdapter,
+    LoRA,
+    VeRA,
+    detach,
+    memory,
+    merge,
+    switch,
+    trainable,
+)
 from tests.cases import answer, gradients, moved
 from tests.memory.models import batch_of as batch_for_memory
 from tests.memory.models import held
@@ -180,12 +192,36 @@ def test_prompts_pass_what_another_method_has_made_of_w_k_and_w_v():
     torch.testing.assert_close(answer(model, tiny_batch("llama")), said, rtol=1e-4, atol=1e-5)
 
 
-def test_what_builds_on_the_weight_has_to_come_first():
-    model = LLaMAAdapter(adapter_len=P).attach(tiny_model("llama"), name="prompts")
-    with pytest.raises(
-        ValueError, match=r"o_proj' reads what the prompts of 'prompts' give .*attach that one first"
-    ):
-        answer(DoRA(r=2, target_modules=("o_proj",)).attach(model), tiny_batch("llama"))
+@pytest.mark.parametrize(
+    "other",
+    [
+        LoRA(r=2, target_modules=("o_proj",)),
+        DoRA(r=2, target_modules=("o_proj",)),
+        VeRA(r=4, target_modules=("o_proj",)),
+        IA3(target_modules=("o_proj",), feedforward_modules=("o_proj",)),
+        AdapterBias(target_modules=("o_proj",)),
+    ],
+    ids=lambda other: type(other).__name__,
+)
+def test_whatever_else_changes_w_o_reads_what_the_prompts_give_too(other):
+    """Attached before or after, beside the weight or in it, all the same."""
+    said, batch, prompts = [], tiny_batch("llama"), LLaMAAdapter(adapter_len=P)
+    for first, second in (("prompts", "other"), ("other", "prompts")):
+        model, made = tiny_model("llama", dtype=F64), {"prompts": prompts, "other": other}
+        for name in (first, second):
+            made[name].attach(model, name=name)
+        for seed, name in enumerate(made):
+            moved(switch(model, name), seed)
+        said.append(answer(switch(model, *made), batch))
+        if first == "prompts":
+            alone = answer(switch(model, "other"), batch)
+            assert (alone - said[0]).abs().max() > 0.1
+            switch(model, *made)
+        said.append(answer(merge(model, "other"), batch))
+        detach(model, "other", keep=True)
+        said.append(answer(model, batch))
+    for found in said[1:]:
+        torch.testing.assert_close(found, said[0], **EXACT)
 
 
 def test_a_layer_called_without_its_attention_says_so():
