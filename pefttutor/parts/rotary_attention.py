@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.data.trial import trial
+from pefttutor.parts.attachment import attachments
 from pefttutor.parts.bottleneck import width_of
 from pefttutor.parts.linear import sizes, why_not_linear
 from pefttutor.parts.streams import hidden_states, named_arguments
 from pefttutor.parts.sublayers import trial_inputs
+from pefttutor.parts.switching import without
 
 __all__ = ["Call", "Heads", "attentions"]
 
@@ -167,7 +169,13 @@ def _is_linear(module: nn.Module, name: str) -> bool:
 
 
 def _tried(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, tuple[Tensor | None, Tensor]]:
-    """For each that is called what its o_proj should get by the formula, None if that fails, and what it gets."""
+    """For each that is called what its o_proj should get by the formula, None if that fails, and what it gets.
+
+    Without prefixes, whose keys and values the attention doesn't make itself.
+    """
+    carried = attachments(model)
+    there = carried.by_name.values() if carried else ()
+    prefixes = [a for a in there if any(part.precedes() for part in a.parts)]
     seen: dict[str, tuple[Tensor | None, Tensor]] = {}
     handles = []
     for name, attention in found.items():
@@ -191,7 +199,7 @@ def _tried(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, tuple[Ten
             attention.o_proj.register_forward_pre_hook(leave),  # type: ignore[union-attr, operator]
         ]
     try:
-        with trial(model):
+        with trial(model), without(model, prefixes):
             model(**trial_inputs(model))
     finally:
         for handle in handles:

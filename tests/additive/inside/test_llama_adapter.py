@@ -17,6 +17,7 @@ from pefttutor import (
     DoRA,
     LLaMAAdapter,
     LoRA,
+    PrefixTuning,
     VeRA,
     detach,
     memory,
@@ -222,6 +223,23 @@ def test_whatever_else_changes_w_o_reads_what_the_prompts_give_too(other):
         said.append(answer(model, batch))
     for found in said[1:]:
         torch.testing.assert_close(found, said[0], **EXACT)
+
+
+def test_it_stands_beside_a_prefix_whichever_came_first():
+    """A prefix's keys and values aren't the attention's own, and the trial asks for these."""
+    said, batch = [], tiny_batch("llama", side="left")
+    made = {"prompts": LLaMAAdapter(adapter_len=P), "prefix": PrefixTuning(num_virtual_tokens=2)}
+    for names in (("prompts", "prefix"), ("prefix", "prompts")):
+        model = tiny_model("llama", dtype=F64)
+        for name in names:
+            made[name].attach(model, name=name)
+        assert made["prompts"].count(model) == 2 * (P * 24 + 1)
+        for seed, name in enumerate(made):
+            moved(switch(model, name), seed)
+        said.append(answer(switch(model, *made), batch))
+        alone = [answer(switch(model, name), batch) for name in made]
+        assert all((one - said[0]).abs().max() > 0.1 for one in alone)
+    torch.testing.assert_close(said[1], said[0], **EXACT)
 
 
 def test_a_layer_called_without_its_attention_says_so():
