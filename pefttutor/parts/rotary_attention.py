@@ -26,6 +26,7 @@ __all__ = ["Call", "Heads", "attentions"]
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
+LOUD = 1000.0  # times what W_v gives in the trial: a bound on it, such as OLMo's clip_qkv, is reached then
 
 
 @dataclass(frozen=True)
@@ -185,17 +186,19 @@ def _tried(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, tuple[Ten
             call.enter(attention, args, kwargs)
             read[:] = [hidden_states(args, kwargs)]
 
-        def leave(layer: Any, args: Any, name: str = name, call: Call = call, read: list = read) -> None:
+        def leave(layer: Any, args: Any, name: str = name, call: Call = call, read: list = read) -> Any:
             rotation = call.rotation
             try:
                 ours = _formula(*call.take(), read[0], rotation)
             except Exception:  # it has another form
                 ours = None
             seen[name] = ours, args[0]
+            return args[0] / LOUD, *args[1:]  # as loud as ever, for what comes after
 
         handles += [
             attention.register_forward_pre_hook(enter, with_kwargs=True),
             attention.q_proj.register_forward_hook(call.note),  # type: ignore[union-attr, operator]
+            attention.v_proj.register_forward_hook(lambda layer, args, v: LOUD * v),  # type: ignore[union-attr, operator]
             attention.o_proj.register_forward_pre_hook(leave),  # type: ignore[union-attr, operator]
         ]
     try:

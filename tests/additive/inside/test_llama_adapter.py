@@ -313,6 +313,21 @@ def test_an_attention_that_computes_something_else_is_refused(dtype):
     LLaMAAdapter().attach(turned)  # by whatever angles: they are the model's own
 
 
+def test_a_bound_that_no_value_reaches_now_is_another_form_too():
+    """OLMo's clip_qkv: the prompts' keys and values would pass it by."""
+    sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    for bound in (None, 8.0):
+        config = hf.OlmoConfig(**sizes, num_attention_heads=4, clip_qkv=bound)
+        model = made(hf.OlmoForCausalLM, config, spread=True)
+        if bound is None:
+            LLaMAAdapter().attach(model)
+        else:
+            with pytest.raises(
+                ValueError, match=r"'model.layers.0.self_attn' of this Olmo\w+ computes somet"
+            ):
+                LLaMAAdapter().attach(model)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
