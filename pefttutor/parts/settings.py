@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
-__all__ = ["check_choice", "check_examples", "check_fraction", "check_names", "check_number", "check_whole"]
+from torch import Tensor
+
+__all__ = [
+    "check_choice", "check_examples", "check_fraction", "check_names", "check_number", "check_whole", "shown",
+]  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """What was given, on one line of a message: of a tensor its shape and dtype, of long lists the beginning.
+
+    >>> import torch
+    >>> shown(torch.ones(2, 3)), shown(8), shown(list(range(100)))
+    ('a tensor (2, 3) of torch.float32', '8', '[0, 1, 2, 3, 4, 5, ...]')
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return reprlib.repr(value)
 
 
 def _refuse(name: str, value: Any, expected: str) -> None:
-    raise ValueError(f"{name} is {value!r}; it must be {expected}.")
+    raise ValueError(f"{name} is {shown(value)}; it must be {expected}.")
 
 
 def _is_number(value: Any) -> bool:

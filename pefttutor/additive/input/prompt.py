@@ -17,7 +17,7 @@ from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.network import Itself
-from pefttutor.parts.settings import check_choice, check_names, check_whole
+from pefttutor.parts.settings import check_choice, check_names, check_whole, shown
 from pefttutor.parts.streams import token_table
 from pefttutor.parts.virtual_tokens import put_before
 
@@ -129,7 +129,7 @@ def _given(table: Tensor, start: Any, count: int) -> Tensor:
     )
     if not whole or not 0 < len(words) <= count:
         raise ValueError(
-            f"start is {start!r}; expected token ids below {len(table)}, or several for each row, at most {count} "
+            f"start is {shown(start)}; expected token ids below {len(table)}, or several for each row, at most {count} "
             "rows, such as tokenizer(['yes', 'no'], add_special_tokens=False)['input_ids']."
         )
     return torch.stack([table[torch.tensor(word, device=table.device)].to(wide).mean(0) for word in words])

@@ -18,7 +18,7 @@ from pefttutor.parts.cached_attention import Form, form_of, recorded
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.network import Itself, Maker, Network, settle
 from pefttutor.parts.prefixes import prefixed
-from pefttutor.parts.settings import check_names, check_whole
+from pefttutor.parts.settings import check_names, check_whole, shown
 from pefttutor.parts.streams import longer_by, token_table
 
 __all__ = ["PrefixTuning"]
@@ -146,9 +146,9 @@ class PrefixTuning:
             words = words.detach().to(table)
         if words is None or words.shape != shape or self.prefix_projection:
             raise ValueError(
-                f"start is {start!r}; expected {rows} token ids, as many as num_virtual_tokens, or their embeddings, "
-                f"{(rows, table.shape[1])}, and no prefix_projection: an MLP can't be told what to make. Ids are below "
-                f"{len(table)}."
+                f"start is {shown(start)}; expected {rows} token ids, as many as num_virtual_tokens, or their "
+                f"embeddings, {(rows, table.shape[1])}, and no prefix_projection: an MLP can't be told what to make. "
+                f"Ids are below {len(table)}."
             )
         if more := longer_by(model):
             raise ValueError(

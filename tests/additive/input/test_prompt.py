@@ -289,6 +289,7 @@ def test_drawn_rows_are_different_ordinary_words_or_uniform():
 @pytest.mark.parametrize(
     ("start", "says"),
     [
+        (torch.ones(6, 1, dtype=torch.int64), r"start is a tensor \(6, 1\) of torch.int64; .*at most 5 rows"),
         ([3] * 6, "start is .*at most 5 rows, such as tokenizer"),
         ([97], "expected token ids below 97"),
         ("yes", "expected token ids"),

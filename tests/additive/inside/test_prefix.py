@@ -377,7 +377,7 @@ def test_a_start_that_does_not_fit_is_refused(settings, start):
     before = picture(model)
     with pytest.raises(
         ValueError,
-        match=r"(?s)start is .*; expected 5 token ids, as many as num_virtual_tokens, or their emb",
+        match=r"^start is .*; expected 5 token ids, as many as num_virtual_tokens, or their emb",
     ):
         PrefixTuning(num_virtual_tokens=P, **settings).attach(model, start)
     assert differences(before, picture(model)) == []
