@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from pefttutor.diagnosis.table import LOOK, NOT_CHECKED, OK, WRONG, Row, listed
 from pefttutor.parts.attachment import Attachment
 from pefttutor.parts.called import own_tokens
 from pefttutor.parts.layer_change import LayerChange
-from pefttutor.parts.restoring import restored_on_error
+from pefttutor.parts.switching import without
 
 __all__ = ["effects", "inputs_of"]
 
@@ -69,13 +68,13 @@ def _compared(
     before = [(part, part.called) for parts in layers.values() for part in parts]
     rows = {}
     try:
-        with _put_back(model), trial(model):
+        with trial(model):
             for part, _ in before:
                 part.called = False
             on = _said(model, inputs)
             called = {part for part, _ in before if part.called}
             for attachment in acting:
-                with _off(attachment):
+                with without(model, [attachment]):
                     rows[attachment.name] = [_effect_row(on, _said(model, inputs), own=own)]
     finally:
         for part, was in before:
@@ -99,32 +98,6 @@ def _effect_row(on: Tensor, off: Tensor, *, own: bool) -> Row:
     return Row(
         "effect", f"moves the output by up to {far:.2g} (its standard deviation without: {spread:.2g})", OK
     )
-
-
-class _Done(Exception):
-    """The block is done, and everything goes back."""
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Within the block parts may be switched off and on; then all is back, down to the order of hooks."""
-    try:
-        with restored_on_error(model):
-            yield
-            raise _Done
-    except _Done:
-        pass
-
-
-@contextmanager
-def _off(attachment: Attachment) -> Iterator[None]:
-    for part in reversed(attachment.parts):
-        part.switch(False)
-    try:
-        yield
-    finally:
-        for part in attachment.parts:
-            part.switch(True)
 
 
 def _said(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

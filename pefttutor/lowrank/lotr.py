@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.added import Added
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.added import Shared
 from pefttutor.parts.freezing import fully_trained
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_layer import Factored
@@ -79,16 +78,17 @@ class LoTR:
         """
         with attaching(model, self, name) as new:
             generator = torch.Generator().manual_seed(self.init_seed)
-            shared = []
+            placed: dict[str, Tensor] = {}
             for (n_in, n_out), layer in self._first_of_each_size(model).items():
                 keys, shapes = _shared_keys(n_in, n_out), ((n_out, self.r), (self.r, n_in))
                 drawn = {
                     key: nn.Parameter(torch.empty(shape, device="cpu").normal_(generator=generator))
                     for key, shape in zip(keys, shapes, strict=True)
                 }
-                shared += [(model, "", added_key(key, name), p) for key, p in beside(layer, drawn).items()]
-            new.add(Added(shared))
-            add_lowrank(new, model, self._zeros, Between, words=False, holder=model)
+                placed |= beside(layer, drawn)
+            shared = Shared(model, name, placed)
+            new.add(shared)
+            add_lowrank(new, model, self._zeros, Between, words=False, shared=shared)
         return model
 
     def count(self, model: nn.Module) -> int:
@@ -109,24 +109,31 @@ class LoTR:
 
 
 class Between(Factored):
-    """y = f(x) + s · drop(x) Rᵀ Mᵀ Lᵀ, with L and R of the model that holds the layer."""
+    """y = f(x) + s · drop(x) Rᵀ Mᵀ Lᵀ, with L and R of all layers of this size."""
 
     def __init__(
-        self, path: str, layer: nn.Module, name: str, tensors: dict[str, Tensor], *, holder: Any, **how: float
+        self,
+        path: str,
+        layer: nn.Module,
+        name: str,
+        tensors: dict[str, Tensor],
+        *,
+        shared: Shared,
+        **how: float,
     ) -> None:
-        """holder: the module that holds L and R."""
+        """shared: L and R of every size."""
         super().__init__(path, layer, name, tensors, **how)
-        self.holder, self.r = holder, len(tensors[MIDDLE])
-        self.shared = [added_key(key, name) for key in _shared_keys(*sizes(layer))]
+        self.shared, self.keys, self.r = shared, _shared_keys(*sizes(layer)), len(tensors[MIDDLE])
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """R (r, in) and L M (out, r)."""
-        L, R = (getattr(self.holder, key) for key in self.shared)
-        return R, L @ self.held(MIDDLE)
+        M = self.held(MIDDLE)
+        L, R = self.shared.get(*self.keys, device=M.device)
+        return R, L @ M
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
         """What LoRA keeps, and L M."""
         if layer is self.layer:
-            tape.trains(*(getattr(self.holder, key) for key in self.shared))
+            tape.trains(*self.shared.get(*self.keys, device=self.held(MIDDLE).device))
         return super().trace(layer, x, tape, kind)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.added import Added
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.added import Shared
 from pefttutor.parts.drawing import drawn_again
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank, lowrank_targets
@@ -96,9 +95,9 @@ class VeRA:
             n_in, n_out = (max(side) for side in zip(*map(sizes, targets.values()), strict=True))
             drawn = draw_projections(n_in, n_out, self.r, self.projection_prng_key)
             placed = beside(next(iter(targets.values())), dict(zip((A_KEY, B_KEY), drawn, strict=True)))
-            shared = [(model, "", added_key(key, name), tensor) for key, tensor in placed.items()]
-            new.add(Added(shared, stored=False))
-            how = {"holder": model, "dropout": self.vera_dropout}
+            shared = Shared(model, name, placed, stored=False)
+            new.add(shared)
+            how = {"shared": shared, "dropout": self.vera_dropout}
             add_lowrank(new, model, self._vectors, Rescaled, rank=None, words=False, **how)
         return model
 
@@ -112,7 +111,7 @@ class VeRA:
 
 
 class Rescaled(WeightDelta):
-    """y = f(x) + b ⊙ (d ⊙ (drop(x) Aᵀ)) Bᵀ, with A and B of the model that holds the layer."""
+    """y = f(x) + b ⊙ (d ⊙ (drop(x) Aᵀ)) Bᵀ, with A and B of all layers."""
 
     def __init__(
         self,
@@ -121,18 +120,18 @@ class Rescaled(WeightDelta):
         name: str,
         tensors: Mapping[str, Tensor],
         *,
-        holder: Any,
+        shared: Shared,
         **how: float,
     ) -> None:
-        """holder: the module that holds A and B."""
+        """shared: A and B."""
         super().__init__(path, layer, name, tensors, **how)
-        self.holder, self.shape = holder, sizes(layer)
+        self.shared, self.shape = shared, sizes(layer)
 
     @property
     def projections(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of this layer."""
         n_in, n_out = self.shape
-        A, B = (getattr(self.holder, added_key(key, self.name)) for key in (A_KEY, B_KEY))
+        A, B = self.shared.get(A_KEY, B_KEY, device=self.vectors[0].device)
         return A[:, :n_in], B[:n_out]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.part import Key, Part, hold, let_go
 
-__all__ = ["Added", "step_counter"]
+__all__ = ["Added", "Shared", "step_counter"]
 
 
 class Added(Part):
@@ -48,6 +48,24 @@ class Added(Part):
     def remove(self) -> None:
         for module, key in self.places.values():
             let_go(module, key)
+
+
+class Shared(Added):
+    """Tensors that lie in the model once, for changes of many layers; each asks for them by their keys.
+
+    Shapes: any. Cost: the tensors themselves; a layer on another device gets a copy in each call.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, tensors: Mapping[str, Tensor], *, stored: bool = True
+    ) -> None:
+        """`name`: the attachment's. `tensors`: by their keys, parameters and buffers."""
+        super().__init__([(model, "", added_key(key, name), t) for key, t in tensors.items()], stored=stored)
+        self.keys = dict(zip(tensors, self.places.values(), strict=True))
+
+    def get(self, *keys: str, device: torch.device) -> list[Tensor]:
+        """The tensors of these keys, on the device of the layer that asks."""
+        return [getattr(module, key).to(device) for module, key in map(self.keys.__getitem__, keys)]
 
 
 def step_counter(model: nn.Module, key: str, name: str) -> Added:

@@ -81,7 +81,10 @@ def cache_key(module: nn.Module) -> str | None:
 
 
 def recorded(model: Any, body: Any, inputs: dict[str, Tensor]) -> dict[int, tuple[nn.Module, Tensor, Tensor]]:
-    """What each layer's attention gives its cache in a trial, and which module that is, by the layer's index."""
+    """What each layer's attention gives its cache in a trial, and which module that is, by the layer's index.
+
+    A prefix that the model has already is seen by the words as in any call.
+    """
     found: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
     running: list[nn.Module] = []
 
@@ -94,7 +97,7 @@ def recorded(model: Any, body: Any, inputs: dict[str, Tensor]) -> dict[int, tupl
         shown = with_prefix(cache, list(range(_depth(cache))), 0, note, stores=False)
         return (), named_arguments(module, args, kwargs) | {cache_key(module): shown}
 
-    handles = [body.register_forward_pre_hook(give, with_kwargs=True)]
+    handles = [body.register_forward_pre_hook(give, with_kwargs=True, prepend=True)]
     for module in body.modules():
         handles.append(module.register_forward_pre_hook(lambda module, args: running.append(module)))
         handles.append(module.register_forward_hook(lambda module, args, output: running.pop() and None))

@@ -69,6 +69,10 @@ class LayerChange(Part):
     A kind of change says `forward` and, where a weight can hold it, `folded_into`.
     """
 
+    # Whether it adds to what the layer reads, for whatever else the layer does with it: then it acts before all others,
+    # whenever it was attached, and no other one builds on it.
+    on_what_is_read = False
+
     def __init__(self, path: str, layer: nn.Module, name: str, added: Mapping[str, Tensor]) -> None:
         """`path`: the layer's name in the model. `name`: the attachment's. `added`: by their keys in the layer."""
         self.path, self.layer, self.name, self.added_keys = path, layer, name, tuple(added)
@@ -82,7 +86,8 @@ class LayerChange(Part):
             layer.__class__ = _widened(type(layer))
         for key, tensor in added.items():
             hold(layer, key, tensor)
-        vars(layer)["_changes"][name] = self
+        changes = [*vars(layer)["_changes"].values(), self]  # each is around those before it
+        vars(layer)["_changes"] = {c.name: c for c in sorted(changes, key=lambda c: c.on_what_is_read)}
 
     # ---- what a kind of change says
 

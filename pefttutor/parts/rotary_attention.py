@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.data.trial import trial
+from pefttutor.parts.attachment import attachments
 from pefttutor.parts.bottleneck import width_of
 from pefttutor.parts.linear import sizes, why_not_linear
 from pefttutor.parts.streams import hidden_states, named_arguments
 from pefttutor.parts.sublayers import trial_inputs
+from pefttutor.parts.switching import without
 
 __all__ = ["Call", "Heads", "attentions"]
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
+LOUD = 1000.0  # times what W_v gives in the trial: a bound on it, such as OLMo's clip_qkv, is reached then
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,13 @@ def _is_linear(module: nn.Module, name: str) -> bool:
 
 
 def _tried(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, tuple[Tensor | None, Tensor]]:
-    """For each that is called what its o_proj should get by the formula, None if that fails, and what it gets."""
+    """For each that is called what its o_proj should get by the formula, None if that fails, and what it gets.
+
+    Without prefixes, whose keys and values the attention doesn't make itself.
+    """
+    carried = attachments(model)
+    there = carried.by_name.values() if carried else ()
+    prefixes = [a for a in there if any(part.precedes() for part in a.parts)]
     seen: dict[str, tuple[Tensor | None, Tensor]] = {}
     handles = []
     for name, attention in found.items():
@@ -177,21 +186,23 @@ def _tried(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, tuple[Ten
             call.enter(attention, args, kwargs)
             read[:] = [hidden_states(args, kwargs)]
 
-        def leave(layer: Any, args: Any, name: str = name, call: Call = call, read: list = read) -> None:
+        def leave(layer: Any, args: Any, name: str = name, call: Call = call, read: list = read) -> Any:
             rotation = call.rotation
             try:
                 ours = _formula(*call.take(), read[0], rotation)
             except Exception:  # it has another form
                 ours = None
             seen[name] = ours, args[0]
+            return args[0] / LOUD, *args[1:]  # as loud as ever, for what comes after
 
         handles += [
             attention.register_forward_pre_hook(enter, with_kwargs=True),
             attention.q_proj.register_forward_hook(call.note),  # type: ignore[union-attr, operator]
+            attention.v_proj.register_forward_hook(lambda layer, args, v: LOUD * v),  # type: ignore[union-attr, operator]
             attention.o_proj.register_forward_pre_hook(leave),  # type: ignore[union-attr, operator]
         ]
     try:
-        with trial(model):
+        with trial(model), without(model, prefixes):
             model(**trial_inputs(model))
     finally:
         for handle in handles:

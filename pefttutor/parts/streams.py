@@ -20,6 +20,7 @@ __all__ = [
     "cache_made",
     "hidden_states",
     "hooked_by",
+    "longer_by",
     "named_arguments",
     "reader",
     "seen_before",
@@ -175,15 +176,19 @@ def reader(model: nn.Module) -> tuple[nn.Module, int]:
     finally:
         for handle in handles:
             handle.remove()
-    carried = attachments(model)
-    more = sum(part.lengthens() for a in (carried.by_name.values() if carried else ()) for part in a.parts)
-    if not readers or not shapes or tuple(shapes[0][:2]) != (1, 2 + more):
+    if not readers or not shapes or tuple(shapes[0][:2]) != (1, 2 + longer_by(model)):
         found = tuple(shapes[0]) if shapes else "not called"
         raise ValueError(
             f"the blocks of other models take (batch, seq, d); those of a {type(model).__name__} get two tokens of one "
             f"text as {found}, so it can't be said which token is which."
         )
     return readers[-1], shapes[0][2]
+
+
+def longer_by(model: nn.Module) -> int:
+    """How many virtual tokens the model reads before each text at the moment."""
+    carried = attachments(model)
+    return sum(part.lengthens() for a in (carried.by_name.values() if carried else ()) for part in a.parts)
 
 
 def token_table(model: nn.Module, what: str) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from pefttutor.parts.attachment import Attachment, Attachments, attachments, check_apart, find, share_a_weight
 from pefttutor.parts.checkpointing import close_to_checkpointing
 from pefttutor.parts.layer_change import LayerChange
+from pefttutor.parts.restoring import restored_on_error
 
-__all__ = ["detach", "merge", "merged", "switch", "unmerge"]
+__all__ = ["detach", "merge", "merged", "switch", "unmerge", "without"]
 
 
 def merged(model: nn.Module) -> bool:
@@ -63,6 +67,28 @@ def switch(model: nn.Module, *names: str, train: tuple[str, ...] | None = None) 
         attachment.trains = attachment.name in learning
     carried.apply(model)
     return model
+
+
+class _Done(Exception):
+    """The block is done, and everything goes back."""
+
+
+@contextmanager
+def without(model: nn.Module, chosen: Sequence[Attachment]) -> Iterator[None]:
+    """Within the block these attachments take no effect; then all is back, down to the order of hooks."""
+    parts = [part for attachment in chosen for part in attachment.parts]
+    try:
+        with restored_on_error(model):
+            for part in reversed(parts):
+                part.switch(False)
+            try:
+                yield
+            finally:
+                for part in parts:
+                    part.switch(True)
+            raise _Done
+    except _Done:
+        pass
 
 
 # ---- folding into the weights, and taking out

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from pefttutor.bench import discover
 from pefttutor.bench.memory import state_bytes
@@ -49,6 +50,14 @@ def test_both_sides_of_the_linear_row_do_the_same_work(shape):
     assert difference(ours, build("peer", 4, "cpu", **shape)())[0] > 0.1  # another seed, other weights
 
 
+def tiny_llama(seed):
+    """In the place of the rows' own model."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, use_cache=False)
+    return transformers.LlamaForCausalLM(config).train()
+
+
 STEPS = {
     "lora": 8,
     "dora": 12,
@@ -63,17 +72,9 @@ STEPS = {
 @pytest.mark.parametrize("kind", STEPS)
 def test_all_sides_of_the_step_rows_do_the_same_work(monkeypatch, kind):
     pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
-    import transformers
-
     from pefttutor.bench.rows import whole_step
 
-    def tiny(seed):
-        torch.manual_seed(seed)
-        sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2}
-        config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, use_cache=False)
-        return transformers.LlamaForCausalLM(config).train()
-
-    monkeypatch.setattr(whole_step, "_model", tiny)
+    monkeypatch.setattr(whole_step, "llama_like", tiny_llama)
     monkeypatch.setattr(whole_step, "SEQUENCE", 6)
     ours, peer = (whole_step.build(side, 0, "cpu", kind=kind)() for side in ("ours", "peer"))
     assert len(ours) == 1 + STEPS[kind]  # the loss, too
@@ -132,16 +133,9 @@ def test_both_sides_of_the_fusion_rows_do_the_same_work(monkeypatch, adapters):
 
 def test_both_sides_of_the_prompt_row_say_the_same_and_the_text_alone_another_thing(monkeypatch):
     pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
-    import transformers
+    from pefttutor.bench.rows import soft_prompt
 
-    from pefttutor.bench.rows import soft_prompt, whole_step
-
-    def tiny(seed):
-        torch.manual_seed(seed)
-        sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2))
-
-    monkeypatch.setattr(whole_step, "_model", tiny)
+    monkeypatch.setattr(soft_prompt, "llama_like", tiny_llama)
     ours, peer, alone = (soft_prompt.build(side, 0, "cpu")() for side in ("ours", "peer", "bound"))
     assert difference(ours, peer)[0] < 1e-4
     assert difference(alone, peer)[0] > 0.01

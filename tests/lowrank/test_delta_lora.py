@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import DeltaLoRA, LoRA, attached, fit, load, memory, save, trainable
-from pefttutor.memory.measured import watch_saved
+from pefttutor import DeltaLoRA, LoRA, attached, fit, load, save, trainable
 from pefttutor.train.hooks import Hooks
 from tests.lowrank.peers import drawn, lora_config, run, with_peft
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -94,14 +93,8 @@ def test_a_training_that_is_too_short_is_told_so():
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_estimate_is_what_autograd_keeps(kind, dtype):
     names = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn",)}[kind]
-    model, method = model_of(kind, dtype=dtype), DeltaLoRA(r=4, start_steps=0, target_modules=names)
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of(kind, 2, 24, dtype)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+    method = DeltaLoRA(r=4, start_steps=0, target_modules=names)
+    assert_estimate_is_measured(kind, method, dtype)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

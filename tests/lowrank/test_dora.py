@@ -11,13 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pefttutor import IA3, DoRA, LoRA, attached, detach, memory, merge, trainable, unmerge
+from pefttutor import IA3, DoRA, LoRA, attached, detach, merge, trainable, unmerge
 from pefttutor.lowrank.dora import row_norms
-from pefttutor.memory.measured import watch_saved
 from pefttutor.parts.linear import dense_weight
 from pefttutor.widgets.spectrum import truncated, updates
 from tests.lowrank.peers import assert_same_as_peft, drawn, lora_config, run, with_peft
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.tiny import Quantised
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -207,15 +206,8 @@ def test_merged_together_with_what_came_before_it_computes_the_same(other, keep)
 @pytest.mark.parametrize(("dropout", "detach_norm"), [(0.0, True), (0.1, True), (0.0, False)])
 def test_the_estimate_is_what_autograd_keeps(kind, dropout, detach_norm):
     names = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn",), "bert": ("query", "output.dense")}[kind]
-    model = model_of(kind)
     method = DoRA(r=4, target_modules=names, lora_dropout=dropout, detach_norm=detach_norm)
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of(kind, 2, 24)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+    assert_estimate_is_measured(kind, method)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import DyLoRA, LoRA, attached, fit, load, memory, merge, save, trainable, unmerge
-from pefttutor.memory.measured import watch_saved
+from pefttutor import DyLoRA, LoRA, attached, fit, load, merge, save, trainable, unmerge
 from pefttutor.train.hooks import Hooks
 from tests.lowrank.peers import EXACT, drawn, lora_config, run, with_peft
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -142,16 +141,8 @@ def test_a_loop_that_asks_no_hook_is_told_so():
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_estimate_is_what_autograd_keeps(dropout, dtype):
-    model, method = model_of("llama", dtype=dtype), DyLoRA(
-        r=4, target_modules=("q_proj", "down_proj"), lora_dropout=dropout
-    )  # fmt: skip
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of("llama", 2, 24, dtype)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+    method = DyLoRA(r=4, target_modules=("q_proj", "down_proj"), lora_dropout=dropout)
+    assert_estimate_is_measured("llama", method, dtype)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

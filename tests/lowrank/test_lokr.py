@@ -8,11 +8,10 @@ from peft import LoKrConfig
 from peft.tuners.lokr.layer import factorization
 from torch import nn
 
-from pefttutor import LoKr, attached, memory, merge, trainable
+from pefttutor import LoKr, attached, merge
 from pefttutor.lowrank.lokr import factorised
-from pefttutor.memory.measured import watch_saved
 from tests.lowrank.peers import assert_same_as_peft, drawn, with_linear_layers
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -76,15 +75,9 @@ def test_it_is_torchs_kronecker_product_and_merges(settings):
 @pytest.mark.parametrize(("kind", "both"), [("llama", True), ("gpt2", False)])
 def test_the_estimate_is_what_autograd_keeps(kind, both, dtype):
     names = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn",)}[kind]
-    model, method = model_of(kind, dtype=dtype), LoKr(r=3, decompose_both=both, target_modules=names)
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of(kind, 2, 24, dtype)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
+    method = LoKr(r=3, decompose_both=both, target_modules=names)
+    estimated, _ = assert_estimate_is_measured(kind, method, dtype)
     assert estimated.adapter_weights == 4 * estimated.trained
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import LoTR, attached, load, memory, save, trainable
-from pefttutor.memory.measured import watch_saved
+from pefttutor import LoTR, attached, load, save, trainable
 from tests.lowrank.peers import drawn, lora_config, run, with_peft
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -83,16 +82,8 @@ def test_two_of_them_have_their_own_and_files_come_back(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_estimate_is_what_autograd_keeps(dropout, dtype):
-    model, method = model_of("llama", dtype=dtype), LoTR(
-        r=4, target_modules=("q_proj", "down_proj"), lora_dropout=dropout
-    )  # fmt: skip
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of("llama", 2, 24, dtype)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+    method = LoTR(r=4, target_modules=("q_proj", "down_proj"), lora_dropout=dropout)
+    assert_estimate_is_measured("llama", method, dtype)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

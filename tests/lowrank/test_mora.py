@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import MoRA, attached, memory, trainable
-from pefttutor.memory.measured import watch_saved
+from pefttutor import MoRA, attached, trainable
 from pefttutor.parts.linear import dense_weight, sizes
 from tests.formulas import mora
 from tests.lowrank.peers import drawn, run
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -72,16 +71,8 @@ def test_the_papers_width():
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(("mora_type", "dropout"), [(1, 0.0), (6, 0.0), (6, 0.1)])
 def test_the_estimate_is_what_autograd_keeps(mora_type, dropout, dtype):
-    model, method = model_of("llama", dtype=dtype), MoRA(
-        r=4, mora_type=mora_type, target_modules=("q_proj", "down_proj"), lora_dropout=dropout
-    )  # fmt: skip
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of("llama", 2, 24, dtype)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
+    method = MoRA(r=4, mora_type=mora_type, target_modules=("q_proj", "down_proj"), lora_dropout=dropout)
+    assert_estimate_is_measured("llama", method, dtype)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

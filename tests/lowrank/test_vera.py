@@ -11,11 +11,10 @@ from peft import VeraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from pefttutor import VeRA, attached, detach, load, memory, save, trainable
-from pefttutor.memory.measured import watch_saved
+from pefttutor import VeRA, attached, detach, load, save
 from pefttutor.parts.drawing import drawn_again
 from tests.lowrank.peers import assert_same_as_peft, drawn
-from tests.memory.models import batch_of, model_of
+from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -137,16 +136,10 @@ def test_two_of_them_have_their_own_and_no_step_moves_these():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_estimate_is_what_autograd_keeps(kind, dropout, dtype):
     names = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn",)}[kind]
-    model, method = model_of(kind, dtype=dtype), VeRA(r=40, target_modules=names, vera_dropout=dropout)
-    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
-    estimated = memory.estimate(model, method, **options)
-    method.attach(model)
-    with watch_saved(model.train()) as saved:
-        model(**batch_of(kind, 2, 24, dtype)).loss.backward()
-    assert estimated.trained == sum(trainable(model).values()) == method.count(model)
+    method = VeRA(r=40, target_modules=names, vera_dropout=dropout)
+    estimated, model = assert_estimate_is_measured(kind, method, dtype)
     shared = model.vera_A.nbytes + model.vera_B.nbytes
     assert estimated.adapter_weights == 4 * estimated.trained + shared
-    assert sum(estimated.activations.values()) == pytest.approx(saved.peak_bytes, rel=0.01)
 
 
 def test_what_it_refuses_leaves_the_model_as_it_was():

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 import transformers as hf
 
@@ -107,6 +108,17 @@ def estimated_and_measured(
     with watch_saved(model.train()) as saved:
         model(**batch_of(kind, batch_size, length, dtype)).loss.backward()
     return estimated, saved, model
+
+
+def assert_estimate_is_measured(kind, method, dtype=torch.float32):
+    """What is estimated of a step, before the method is attached, is what trains and what autograd keeps."""
+    model, options = model_of(kind, dtype=dtype), {"attention": "eager", "device": "cpu"}
+    estimated = memory.estimate(model, method, batch_size=2, sequence_length=24, **options)
+    method.attach(model)
+    measured = held(model, batch_of(kind, 2, 24, dtype))
+    assert estimated.trained == sum(pefttutor.trainable(model).values()) == method.count(model)
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.01)
+    return estimated, model
 
 
 def held(model, batch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from pefttutor import Compacter, LoTR, VeRA
 from pefttutor.parts.added import Added
 from tests.pictures import differences, picture
 
@@ -56,3 +58,20 @@ def test_removed_they_leave_the_model_as_it_was_and_folding_them_is_nothing():
     assert differences(before, picture(model))
     part.remove()
     assert differences(before, picture(model)) == []
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Compacter(bottleneck=4, n=2, target_modules=("0", "1")),
+        LoTR(r=2, target_modules=("0", "1")),
+        VeRA(r=2, target_modules=("0", "1")),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_what_layers_share_is_copied_to_the_device_of_each(method):
+    """A model may lie on several devices; here the second one has no values."""
+    model = method.attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    model[1].to("meta")
+    assert model[0](torch.ones(3, 4)).device.type == "cpu"
+    assert model[1](torch.ones(3, 4, device="meta")).shape == (3, 4)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.adapter_places import adapter_places, check_narrow
-from pefttutor.parts.added import Added
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.added import Shared
 from pefttutor.parts.bottleneck import ACTIVATIONS, Bottleneck, width_of
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.norms import norm_parameters
@@ -101,10 +100,11 @@ class Compacter:
                 0, self.init_std, generator=generator
             )
             placed = beside(next(iter(places.values())), {RULE: nn.Parameter(rule)})
-            new.add(Added([(model, "", added_key(RULE, name), placed[RULE])]))
+            shared = Shared(model, name, placed)
+            new.add(shared)
             for path, layer in places.items():
                 drawn = self._drawn(width_of(layer), generator)
-                new.add(Hypercomplex(path, layer, name, drawn, activation=self.activation, holder=model))
+                new.add(Hypercomplex(path, layer, name, drawn, activation=self.activation, shared=shared))
             for part in fully:
                 new.add(part)
         return model
@@ -142,7 +142,7 @@ class Compacter:
 
 
 class Hypercomplex(Bottleneck):
-    """A bottleneck adapter whose projections are made of its own S and T, and of the A of the model that holds it."""
+    """A bottleneck adapter whose projections are made of its own S and T, and of the A of all of them."""
 
     makes = True
 
@@ -153,17 +153,17 @@ class Hypercomplex(Bottleneck):
         name: str,
         tensors: Mapping[str, Tensor],
         *,
-        holder: Any,
+        shared: Shared,
         **how: Any,
     ) -> None:
-        """holder: the module that holds A."""
+        """shared: A."""
         super().__init__(path, layer, name, tensors, **how)
-        self.holder = holder
+        self.shared = shared
 
     @property
-    def rule(self) -> nn.Parameter:
+    def rule(self) -> Tensor:
         """A (n, n, n)."""
-        return self.holder.get_parameter(added_key(RULE, self.name))
+        return self.shared.get(RULE, device=self.trained()[0].device)[0]
 
     def projections(self) -> list[Tensor]:
         S_d, T_d, down_bias, S_u, T_u, up_bias = self.trained()

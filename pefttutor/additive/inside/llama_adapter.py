@@ -112,6 +112,8 @@ class LLaMAAdapter:
 class Attended(LayerChange):
     """The layer W_o after an attention: what the queries find among the prompts is added to what it reads."""
 
+    on_what_is_read = True
+
     def __init__(
         self,
         path: str,
@@ -154,12 +156,6 @@ class Attended(LayerChange):
     def check_foldable(self) -> None:
         raise ValueError(
             "prompts in an attention depend on the queries, and no weight can hold that; leave it attached."
-        )
-
-    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise ValueError(
-            f"{self.path!r} reads what the prompts of {self.name!r} give as well, which no weight can hold, and what "
-            "comes after it builds on that weight, as DoRA does: attach that one first, or switch the prompts off."
         )
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:

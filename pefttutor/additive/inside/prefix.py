@@ -19,7 +19,7 @@ from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.network import Itself, Maker, Network, settle
 from pefttutor.parts.prefixes import prefixed
 from pefttutor.parts.settings import check_names, check_whole
-from pefttutor.parts.streams import token_table
+from pefttutor.parts.streams import longer_by, token_table
 
 __all__ = ["PrefixTuning"]
 
@@ -81,7 +81,9 @@ class PrefixTuning:
 
         start: `num_virtual_tokens` token ids, or as many embeddings (P, d), such as a soft prompt that was learned; the
             prefix then starts as the keys and values that the frozen model computes of them. One that reads from left
-            to right says what it says after these words, without reading them in each call. Without, it is drawn.
+            to right says what it says after these words, without reading them in each call. An encoder-decoder's
+            decoder computes them while the encoder reads the same words, and another text later: there it is a start
+            and no more. Without, it is drawn.
 
         Raises: ValueError if the name is in use, the start doesn't fit, or the model can't take a prefix. The model is
             then as it was.
@@ -136,16 +138,22 @@ class PrefixTuning:
 
     def _computed(self, model: nn.Module, form: Form, start: Any) -> nn.Parameter:
         """The keys and values that the frozen model computes of words."""
-        words, table = torch.as_tensor(start), token_table(model, BEFORE)
-        kind, rows, width = "input_ids", self.num_virtual_tokens, table.shape[1]
-        fits = words.shape == (rows,)
-        if words.is_floating_point():
-            kind, fits, words = "inputs_embeds", words.shape == (rows, width), words.detach().to(table)
-        if not fits or self.prefix_projection:
+        table, rows = token_table(model, BEFORE), self.num_virtual_tokens
+        words = _words(start, len(table))
+        kind, shape = "input_ids", torch.Size([rows])
+        if words is not None and words.is_floating_point():
+            kind, shape = "inputs_embeds", torch.Size([rows, table.shape[1]])
+            words = words.detach().to(table)
+        if words is None or words.shape != shape or self.prefix_projection:
             raise ValueError(
-                f"start is {start!r}; expected {rows} token ids, as many as num_virtual_tokens, or "
-                f"their embeddings, {(rows, width)}, and no prefix_projection: an MLP "
-                "can't be told what to make."
+                f"start is {start!r}; expected {rows} token ids, as many as num_virtual_tokens, or their embeddings, "
+                f"{(rows, table.shape[1])}, and no prefix_projection: an MLP can't be told what to make. Ids are below "
+                f"{len(table)}."
+            )
+        if more := longer_by(model):
+            raise ValueError(
+                f"this model reads {more} virtual tokens before each text, so it can't say what it computes of a start "
+                "alone: take them out, or switch them off, before attaching."
             )
         inputs = {kind: words[None].to(table.device)}
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
@@ -153,3 +161,15 @@ class PrefixTuning:
         states = [x for _, *both in recorded(model, form.body, inputs).values() for x in both]
         made = torch.stack([x[0] for x in states]).permute(2, 0, 1, 3).flatten(1)  # (P, 2 L, heads, head_dim)
         return nn.Parameter(made.to(torch.promote_types(made.dtype, torch.float32)))
+
+
+def _words(start: Any, vocabulary: int) -> Tensor | None:
+    """Token ids, all in the vocabulary, or numbers that may be embeddings; None for anything else."""
+    try:
+        words = torch.as_tensor(start)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if words.is_floating_point():
+        return words
+    whole = words.dtype != torch.bool and not words.is_complex() and words.numel()
+    return words.long() if whole and 0 <= int(words.min()) <= int(words.max()) < vocabulary else None

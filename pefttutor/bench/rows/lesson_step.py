@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from pefttutor.bench.row import Row, Side, Step
+from pefttutor.bench.steps import alike, frozen_step
 
 BATCH, SEQUENCE, R = 16, 25, 8
+# What HF PEFT adds to the name of a parameter that we have, too.
+_NAMES = dict.fromkeys(("base_model.model.", "modules_to_save.", ".default", "default."), "")
 
 
 def build(side: Side, seed: int, device: str, *, model_name: str) -> Step:
@@ -28,7 +31,7 @@ def build(side: Side, seed: int, device: str, *, model_name: str) -> Step:
     labels = torch.randint(0, 2, (BATCH,), generator=generator).to(device)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     if side == "bound":
-        return partial(_frozen, model.requires_grad_(False), batch)
+        return partial(frozen_step, model.requires_grad_(False), batch)
     if side == "ours":
         LoRA(r=R, lora_alpha=2 * R, modules_to_save=("score",)).attach(model)
         return _Step(model, batch, seed)
@@ -44,11 +47,7 @@ class _Step:
 
     def __init__(self, model: Any, batch: dict[str, Tensor], seed: int) -> None:
         self.model, self.batch = model, batch
-        self.trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
-        generator = torch.Generator().manual_seed(seed + 1)
-        for name in sorted(self.trained):
-            p = self.trained[name]
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+        self.trained = alike(model, _NAMES, seed)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
 
     def __call__(self) -> dict[str, Tensor]:
@@ -59,21 +58,6 @@ class _Step:
         return {"loss": loss.detach()} | {
             name: p.grad for name, p in self.trained.items() if p.grad is not None
         }
-
-
-def _plain(name: str) -> str:
-    """Both libraries' names of a parameter made the same."""
-    for part in ("base_model.model.", "modules_to_save.", ".default", "default."):
-        name = name.replace(part, "")
-    return name.removesuffix(".weight")
-
-
-def _frozen(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-    model(
-        inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]
-    ).loss.backward()
-    return {}
 
 
 def _row(model_name: str, threads: int) -> Row:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pefttutor.bench.row import Row, Side, Step
-from pefttutor.bench.rows import whole_step
+from pefttutor.bench.steps import llama_like
 
 BATCH, SEQUENCE, VIRTUAL = 4, 32, 100
 
@@ -18,7 +18,7 @@ def build(side: Side, seed: int, device: str) -> Step:
 
     Ours is a prefix that started as the prompt. The bound is the model on the texts alone.
     """
-    model: Any = whole_step._model(seed).eval().to(device)
+    model: Any = llama_like(seed).eval().to(device)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE), generator=generator).to(device)
     prompt = torch.randn(VIRTUAL, model.config.hidden_size, generator=generator).to(device)

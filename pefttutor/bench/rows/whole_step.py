@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.bench.row import Row, Side, Step
+from pefttutor.bench.steps import alike, frozen_step, llama_like
 
 BATCH, SEQUENCE, R, VIRTUAL, MIDDLE, BOTTLENECK = 8, 128, 8, 20, 512, 32
 TARGETS = ("q_proj", "v_proj")
@@ -23,42 +24,24 @@ def build(side: Side, seed: int, device: str, *, kind: str = "lora") -> Step:
     in by one argument of `fit`, `causal_lm_loss`. HF PEFT has no bottleneck adapter: their peer is the formula in
     forward hooks. The floor is the frozen model's forward and the gradient of its embedded input.
     """
-    model = _model(seed).to(device)
+    model = llama_like(seed).to(device)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE), generator=generator).to(device)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     if side == "bound":
-        return lambda: _frozen_step(model.requires_grad_(False), batch)
+        return partial(frozen_step, model.requires_grad_(False), batch)
     if side == "ours":
         from pefttutor.train.losses import causal_lm_loss
 
         method = KINDS[kind][0]()
         method.attach(model)
-        trained = _trained(model, seed)
+        trained = alike(model, _NAMES, seed)
         penalty = getattr(method, "penalty", None)
         extra = (lambda: penalty(model)) if penalty else (lambda: 0)
         return lambda: _step(lambda: causal_lm_loss(model, batch) + extra(), trained)
     adapted = KINDS[kind][1](model)
-    trained = _trained(adapted, seed)
+    trained = alike(adapted, _NAMES, seed)
     return lambda: _step(lambda: adapted(**batch).loss, trained)
-
-
-def _model(seed: int) -> Any:
-    """35.7 M parameters: Llama's shape and its vocabulary of 32,000, six layers of 512."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).train()
 
 
 def _ours(name: str, **settings: Any) -> Any:
@@ -134,34 +117,12 @@ _NAMES = {
 }
 
 
-def _trained(model: torch.nn.Module, seed: int) -> dict[str, torch.nn.Parameter]:
-    """What trains, under names that both sides share, filled with the same numbers (B isn't zero)."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            for theirs, ours in _NAMES.items():
-                name = name.replace(theirs, ours)
-            found[name.removesuffix(".weight")] = parameter
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name in sorted(found):
-        with torch.no_grad():
-            found[name].copy_(torch.randn(found[name].shape, generator=generator) * 0.02)  # to its device
-    return found
-
-
 def _step(loss: Any, trained: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     for parameter in trained.values():
         parameter.grad = None
     value = loss()
     value.backward()
     return {"loss": value.detach()} | {name: p.grad for name, p in trained.items() if p.grad is not None}
-
-
-def _frozen_step(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-    rest = {key: value for key, value in batch.items() if key != "input_ids"}
-    model(inputs_embeds=embedded, **rest).loss.backward()
-    return {}
 
 
 def _row(kind: str, what: str, peer: str = "HF PEFT, get_peft_model", **goals: Any) -> Row:

@@ -11,7 +11,20 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from pefttutor import DoRA, LLaMAAdapter, LoRA, detach, memory, switch, trainable
+from pefttutor import (
+    IA3,
+    AdapterBias,
+    DoRA,
+    LLaMAAdapter,
+    LoRA,
+    PrefixTuning,
+    VeRA,
+    detach,
+    memory,
+    merge,
+    switch,
+    trainable,
+)
 from tests.cases import answer, gradients, moved
 from tests.memory.models import batch_of as batch_for_memory
 from tests.memory.models import held
@@ -180,12 +193,53 @@ def test_prompts_pass_what_another_method_has_made_of_w_k_and_w_v():
     torch.testing.assert_close(answer(model, tiny_batch("llama")), said, rtol=1e-4, atol=1e-5)
 
 
-def test_what_builds_on_the_weight_has_to_come_first():
-    model = LLaMAAdapter(adapter_len=P).attach(tiny_model("llama"), name="prompts")
-    with pytest.raises(
-        ValueError, match=r"o_proj' reads what the prompts of 'prompts' give .*attach that one first"
-    ):
-        answer(DoRA(r=2, target_modules=("o_proj",)).attach(model), tiny_batch("llama"))
+@pytest.mark.parametrize(
+    "other",
+    [
+        LoRA(r=2, target_modules=("o_proj",)),
+        DoRA(r=2, target_modules=("o_proj",)),
+        VeRA(r=4, target_modules=("o_proj",)),
+        IA3(target_modules=("o_proj",), feedforward_modules=("o_proj",)),
+        AdapterBias(target_modules=("o_proj",)),
+    ],
+    ids=lambda other: type(other).__name__,
+)
+def test_whatever_else_changes_w_o_reads_what_the_prompts_give_too(other):
+    """Attached before or after, beside the weight or in it, all the same."""
+    said, batch, prompts = [], tiny_batch("llama"), LLaMAAdapter(adapter_len=P)
+    for first, second in (("prompts", "other"), ("other", "prompts")):
+        model, made = tiny_model("llama", dtype=F64), {"prompts": prompts, "other": other}
+        for name in (first, second):
+            made[name].attach(model, name=name)
+        for seed, name in enumerate(made):
+            moved(switch(model, name), seed)
+        said.append(answer(switch(model, *made), batch))
+        if first == "prompts":
+            alone = answer(switch(model, "other"), batch)
+            assert (alone - said[0]).abs().max() > 0.1
+            switch(model, *made)
+        said.append(answer(merge(model, "other"), batch))
+        detach(model, "other", keep=True)
+        said.append(answer(model, batch))
+    for found in said[1:]:
+        torch.testing.assert_close(found, said[0], **EXACT)
+
+
+def test_it_stands_beside_a_prefix_whichever_came_first():
+    """A prefix's keys and values aren't the attention's own, and the trial asks for these."""
+    said, batch = [], tiny_batch("llama", side="left")
+    made = {"prompts": LLaMAAdapter(adapter_len=P), "prefix": PrefixTuning(num_virtual_tokens=2)}
+    for names in (("prompts", "prefix"), ("prefix", "prompts")):
+        model = tiny_model("llama", dtype=F64)
+        for name in names:
+            made[name].attach(model, name=name)
+        assert made["prompts"].count(model) == 2 * (P * 24 + 1)
+        for seed, name in enumerate(made):
+            moved(switch(model, name), seed)
+        said.append(answer(switch(model, *made), batch))
+        alone = [answer(switch(model, name), batch) for name in made]
+        assert all((one - said[0]).abs().max() > 0.1 for one in alone)
+    torch.testing.assert_close(said[1], said[0], **EXACT)
 
 
 def test_a_layer_called_without_its_attention_says_so():
@@ -257,6 +311,21 @@ def test_an_attention_that_computes_something_else_is_refused(dtype):
     turned = tiny_model("llama", dtype=dtype)
     turned.model.rotary_emb = Backwards(turned.model.rotary_emb)
     LLaMAAdapter().attach(turned)  # by whatever angles: they are the model's own
+
+
+def test_a_bound_that_no_value_reaches_now_is_another_form_too():
+    """OLMo's clip_qkv: the prompts' keys and values would pass it by."""
+    sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    for bound in (None, 8.0):
+        config = hf.OlmoConfig(**sizes, num_attention_heads=4, clip_qkv=bound)
+        model = made(hf.OlmoForCausalLM, config, spread=True)
+        if bound is None:
+            LLaMAAdapter().attach(model)
+        else:
+            with pytest.raises(
+                ValueError, match=r"'model.layers.0.self_attn' of this Olmo\w+ computes somet"
+            ):
+                LLaMAAdapter().attach(model)
 
 
 @pytest.mark.parametrize(

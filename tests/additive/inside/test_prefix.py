@@ -307,6 +307,30 @@ def test_a_prefix_that_starts_as_a_soft_prompt_says_what_that_says(kind):
     assert torch.equal(*words)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_a_start_is_computed_after_the_prefix_that_the_model_has(kind):
+    """Words that are read behind another prefix, and the keys and values that start as theirs, say the same.
+
+    Bloom isn't asked: it goes by a key's place, and a later prefix stands before an earlier one.
+    """
+    ids = tiny_batch("llama")["input_ids"]
+    one, other = (moved(PrefixTuning(num_virtual_tokens=3).attach(tiny_model(kind))) for _ in range(2))
+    model = PrefixTuning(num_virtual_tokens=P).attach(one, [3, 8, 5, 9, 4], name="words")
+    prompted = pt.PromptTuning(num_virtual_tokens=P).attach(other, [3, 8, 5, 9, 4], name="words")
+    torch.testing.assert_close(model(ids).logits, prompted(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_is_refused_where_other_virtual_tokens_come_before_the_text():
+    for method in (pt.PromptTuning(num_virtual_tokens=3), pt.PTuning(num_virtual_tokens=3)):
+        model = method.attach(tiny_model("llama"), name="before")
+        before = picture(model)
+        with pytest.raises(ValueError, match=r"reads 3 virtual tokens before each text, .* switch them off"):
+            PrefixTuning(num_virtual_tokens=P).attach(model, [3] * P)
+        assert differences(before, picture(model)) == []
+        pt.switch(model)
+        PrefixTuning(num_virtual_tokens=P).attach(model, [3] * P)
+
+
 # ---- refusals
 
 
@@ -337,6 +361,15 @@ def test_a_model_whose_attention_takes_no_prefix_is_refused(make, says):
         ({}, torch.ones(P, 23)),
         ({"prefix_projection": True}, [3] * P),
         ({}, [[3] * P]),
+        ({}, [97] * P),
+        ({}, [-1] * P),
+        ({}, [True] * P),
+        ({}, torch.ones(P, 24) * 1j),
+        ({}, [[0.5], [0.5, 1.0]]),
+        ({}, []),
+        ({}, "three"),
+        ({}, [None] * P),
+        ({}, {"input_ids": [3] * P}),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(settings, start):
