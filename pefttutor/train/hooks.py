@@ -8,25 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.method import attached
+from pefttutor.catalog import methods
+from pefttutor.method import Trains, attached
 
 __all__ = ["Hooks"]
+
+HOOKS = tuple(name for name in vars(Trains) if not name.startswith("_"))
 
 
 class Hooks:
     """The hooks of all methods that take part in a training, in the order of attaching; see `pefttutor.method.Trains`.
 
     >>> from pefttutor.selective import ChildTuningF
-    >>> hooks = Hooks(nn.Linear(1, 1), ChildTuningF())
+    >>> hooks = Hooks(ChildTuningF().attach(nn.Linear(1, 1)))
     >>> hooks.having("penalty"), hooks.penalty().item(), hooks.changes_gradients
     ([], 0.0, True)
 
     method: asked in the place of those that are attached, or None. Two attachments of equal methods are one method
     here: its hooks look for all that it has attached.
+
+    Raises: ValueError for a method that has nothing to say in a step, or belongs to the package and isn't attached.
     """
 
     def __init__(self, model: nn.Module, method: Any = None) -> None:
         self.model = model
+        if method is not None:
+            _check(model, method)
         learning = [attachment for attachment in attached(model).values() if attachment.learns]
         methods: list[Any] = [attachment.method for attachment in learning] if method is None else [method]
         self.methods = [m for i, m in enumerate(methods) if m not in methods[:i]]
@@ -79,3 +86,19 @@ class Hooks:
         for method in self.having("unfinished"):
             if words := method.unfinished(self.model):
                 warnings.warn(f"{type(method).__name__}: {words}", stacklevel=3)
+
+
+def _check(model: nn.Module, method: Any) -> None:
+    """Raise ValueError for a method that would do nothing: the model would be trained as if it weren't there."""
+    kind = method.__name__ if isinstance(method, type) else type(method).__name__
+    known = type(method) in methods().values()
+    if known and method not in [attachment.method for attachment in attached(model).values()]:
+        raise ValueError(
+            f"method={kind}(…) isn't attached to this model, so nothing of it would train. Attach it first, "
+            f"{kind}(…).attach(model), and leave method= out: what is attached is asked by itself."
+        )
+    if isinstance(method, type) or not (known or any(hasattr(method, hook) for hook in HOOKS)):
+        raise ValueError(
+            f"method={kind} has nothing to say in a training step; expected an object with at least one of "
+            f"{', '.join(HOOKS)}. A method of pefttutor is attached to the model instead."
+        )

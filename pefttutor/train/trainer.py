@@ -27,7 +27,7 @@ def callback(method: Any = None) -> Any:
 
     >>> from types import SimpleNamespace; from pefttutor.selective import ChildTuningF
     >>> arguments = SimpleNamespace(fp16=False, max_grad_norm=1.0)
-    >>> callback(ChildTuningF()).on_train_begin(arguments, None, None, model=nn.Linear(1, 1))
+    >>> callback().on_train_begin(arguments, None, None, model=ChildTuningF().attach(nn.Linear(1, 1)))
     >>> arguments.max_grad_norm                                  # its mask comes after the Trainer's clipping
     0.0
 

@@ -187,7 +187,8 @@ def test_a_method_that_is_given_is_asked_alone() -> None:
     Noting(NORM).attach(model)
     assert Hooks(model, Recorder()).having("penalty")[0].__class__ is Recorder
     assert [m.weight for m in Hooks(model).methods] == [NORM]
-    assert Hooks(model, LoRA()).changes_gradients is False
+    LoRA(r=2).attach(model, name="low")
+    assert Hooks(model, LoRA(r=2)).changes_gradients is False
     assert Hooks(model).changes_gradients
 
 
@@ -250,3 +251,32 @@ def test_chosen_entries_are_in_their_weights_before_a_method_looks() -> None:
     model = Look().attach(llama(), {NORM: torch.tensor([0, 1])}, name="bits")
     fit(model, language_examples(4), steps=2, lr=0.1)
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (ChildTuningF(), r"method=ChildTuningF\(…\) isn't attached to this model.*Attach it first"),
+        (LoRA(), r"method=LoRA\(…\) isn't attached"),
+        (DiffPruning(), r"method=DiffPruning\(…\) isn't attached"),
+        (LoRA, "method=LoRA has nothing to say in a training step; expected an object"),
+        (Recorder, "method=Recorder has nothing to say"),
+        ("LoRA", "method=str has nothing to say.*penalty, after_backward, after_step, optimizer, unfinished"),
+        (object(), "method=object has nothing to say"),
+    ],
+)
+def test_a_method_that_would_do_nothing_is_refused(method: Any, says: str) -> None:
+    """All of the model would have been trained, and nobody told."""
+    model = llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match=says):
+        fit(model, language_examples(4), method=method, steps=1)
+    assert all(torch.equal(before[name], now) for name, now in weights(model).items())
+
+
+def test_an_attached_method_may_be_named_as_well() -> None:
+    method = LoRA(r=2)
+    model = method.attach(llama())
+    assert [type(m).__name__ for m in Hooks(model, method).methods] == ["LoRA"]
+    with pytest.raises(ValueError, match="isn't attached"):
+        Hooks(model, LoRA(r=3))

@@ -162,4 +162,4 @@ def test_fp16_is_refused_for_methods_that_change_gradients() -> None:
 
     with pytest.raises(ValueError, match=r"Everything changes gradients, which fp16 scales: use bf16=True"):
         callback(Everything()).on_train_begin(Args(), None, None, model=llama())
-    callback(LoRA(r=2)).on_train_begin(Args(), None, None, model=llama())
+    callback().on_train_begin(Args(), None, None, model=LoRA(r=2).attach(llama()))
