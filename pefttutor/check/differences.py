@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pefttutor.check.values import close, describe, leaves, numbers
+from pefttutor.check.values import close, describe, different_numbers, leaves
 
 if TYPE_CHECKING:
     from pefttutor.check.compare import Run
@@ -35,7 +36,7 @@ def _different_result(came: Any, expected: Any, rtol: float, atol: float) -> dic
         }
     ours, theirs = list(leaves(came)), list(leaves(expected))
     if [name for name, _ in ours] != [name for name, _ in theirs]:
-        return {"expected": describe(expected), "came": describe(came)}
+        return _different_structures(came, expected, ours, theirs)
     for (name, a), (_, b) in zip(ours, theirs, strict=True):
         at = f"result{name}: " if name else ""
         if isinstance(b, Tensor):
@@ -47,6 +48,20 @@ def _different_result(came: Any, expected: Any, rtol: float, atol: float) -> dic
         if lines:
             return {key: at + text if key != "likely" else text for key, text in lines.items()}
     return None
+
+
+def _different_structures(
+    came: Any, expected: Any, ours: list[tuple[str, Any]], theirs: list[tuple[str, Any]]
+) -> dict[str, str]:
+    lines = {"expected": describe(expected), "came": describe(came)}
+    if lines["expected"] != lines["came"]:
+        return lines
+    at = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if not close(*pair))
+    return {
+        key: f"{text} of {len(found)}, "
+        + (f"and {found[at][0]} is {describe(found[at][1])}" if at < len(found) else "which ends there")
+        for (key, text), found in zip(lines.items(), (theirs, ours), strict=True)
+    }
 
 
 def _different_tensors(came: Any, expected: Tensor, rtol: float, atol: float) -> dict[str, str] | None:
@@ -61,9 +76,10 @@ def _different_tensors(came: Any, expected: Tensor, rtol: float, atol: float) ->
             lines["likely"] = "it is transposed"
         return lines
     if not close(came, expected, rtol=rtol, atol=atol):
+        ours, theirs = different_numbers(came, expected, rtol=rtol, atol=atol)
         lines = {
-            key: f"{text}, numbers {numbers(t)}"
-            for (key, text), t in zip(lines.items(), (expected, came), strict=True)
+            "expected": f"{lines['expected']}, numbers {theirs}",
+            "came": f"{lines['came']}, numbers {ours}",
         }
         factor = _factor(came, expected)
         if factor is not None:
@@ -106,9 +122,10 @@ def _different_gradients(theirs: Run, right: Run, rtol: float, atol: float) -> d
                 "likely": DETACHED,
             }
         if expected is not None and not close(came, expected, rtol=rtol, atol=atol):
+            wrong, its = different_numbers(came, expected, rtol=rtol, atol=atol)  # type: ignore[arg-type]
             return {
-                "expected": f"the gradient of {name}: {numbers(expected)}",
-                "came": f"the right numbers forward, but the gradient {numbers(came)}",  # type: ignore[arg-type]
+                "expected": f"the gradient of {name}: {its}",
+                "came": f"the right numbers forward, but the gradient {wrong}",
             }
     return None
 

@@ -26,11 +26,26 @@ def describe(value: Any) -> str:
     return shown if len(shown) <= 60 else f"a {type(value).__name__}"
 
 
-def numbers(tensor: Tensor, n: int = 4) -> str:
-    """The first few numbers, rounded for reading."""
+def numbers(tensor: Tensor, first: int = 0, n: int = 4) -> str:
+    """A few numbers, rounded for reading: the first, or those from the place `first` of the flat tensor on."""
     flat = tensor.detach().reshape(-1)
-    shown = ", ".join(f"{x:.4g}" for x in flat[:n].tolist())
-    return f"{shown}{', …' if flat.numel() > n else ''}"
+    shown = ", ".join(f"{x:.4g}" for x in flat[first : first + n].tolist())
+    at = f"at {[int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]} " if first else ""
+    return f"{at}{shown}{', …' if flat.numel() > first + n else ''}"
+
+
+def different_numbers(came: Tensor, expected: Tensor, *, rtol: float, atol: float) -> tuple[str, str]:
+    """A few numbers of both, one of which isn't right: the first, or those from the first wrong one on.
+
+    Shapes: both alike, with at least one number that differs by more than the tolerance.
+    """
+    wide = torch.promote_types(came.dtype, expected.dtype)
+    same = torch.isclose(
+        came.detach().to(wide), expected.detach().to(wide), rtol=rtol, atol=atol, equal_nan=True
+    )
+    first = int((~same).reshape(-1).nonzero()[0])
+    first = 0 if numbers(came) != numbers(expected) else first
+    return numbers(came, first), numbers(expected, first)
 
 
 def fresh(inputs: Mapping[str, Any], gradients: Sequence[str] = ()) -> dict[str, Any]:
@@ -75,6 +90,8 @@ def close(came: Any, expected: Any, *, rtol: float = RTOL, atol: float = ATOL) -
 
 
 def _close(came: Any, expected: Any, rtol: float, atol: float) -> bool:
+    if isinstance(expected, float) and isinstance(came, Tensor) and came.ndim == 0:
+        came = came.item()
     if isinstance(expected, float) and isinstance(came, float | int):
         came, expected = torch.tensor(float(came)), torch.tensor(expected)
     if isinstance(expected, Tensor):

@@ -275,3 +275,44 @@ def test_checks_are_found_in_the_module_of_their_notebook(tmp_path, monkeypatch)
     assert dir(check) == ["ex98_1"]
     with pytest.raises(AttributeError, match="check has no 'ex98_7'; notebook 98 has ex98_1"):
         _ = check.ex98_7
+
+
+def refused(attempt, reference, **inputs):
+    with pytest.raises(AssertionError) as error:
+        same_result(attempt, reference, inputs)
+    return str(error.value)
+
+
+def test_numbers_are_shown_from_the_first_wrong_one_on():
+    said = refused(lambda x: x + (x > 6), lambda x: x.clone(), x=torch.arange(10.0).view(2, 5))
+    assert "numbers at [1, 2] 7, 8, 9" in said
+    assert "numbers at [1, 2] 8, 9, 10" in said
+    said = refused(lambda x: x + 1, lambda x: x.clone(), x=torch.tensor([0.0, 5, 5, 7]))
+    assert "numbers 0, 5, 5, 7" in said
+    assert "numbers 1, 6, 6, 8" in said
+
+
+def test_a_gradient_is_shown_from_the_first_wrong_number_on():
+    x = torch.arange(1.0, 9).view(2, 4)
+    with pytest.raises(AssertionError, match=r"the gradient at \[1, 1\] (?s:.*)"):
+        same_result(
+            lambda x: x.clamp(max=5.5) + (x - x.clamp(max=5.5)).detach(),
+            lambda x: x * 1,
+            {"x": x},
+            gradients=("x",),
+        )
+
+
+def test_of_two_long_lists_the_first_difference_is_shown():
+    names = [f"model.layers.{i}.weight" for i in range(9)]
+    said = refused(lambda names: [*names[:4], *names[5:]], lambda names: list(names), names=names)
+    assert "a list of 9, and [4] is 'model.layers.4.weight'" in said
+    assert "a list of 8, and [4] is 'model.layers.5.weight'" in said
+    said = refused(lambda names: names[:4], lambda names: list(names), names=names)
+    assert "a list of 4, which ends there" in said
+
+
+def test_a_tensor_of_one_number_is_a_number():
+    assert same_result(lambda x: torch.tensor(x) / 2, lambda x: x / 2, {"x": 3.0}) == 1.5
+    with pytest.raises(AssertionError, match=r"expected *1\.5"):
+        same_result(lambda x: torch.tensor(x), lambda x: x / 2, {"x": 3.0})
