@@ -19,7 +19,7 @@ from pefttutor.parts.linear import transposed
 from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.saving.peft_form import Found, Written
 from pefttutor.saving.peft_modules import module_at, names_for
-from pefttutor.saving.peft_options import check_complete, check_options, keys_of
+from pefttutor.saving.peft_options import check_complete, check_options, check_patterns, keys_of
 
 __all__ = ["read_lora", "write_lora"]
 
@@ -65,9 +65,7 @@ def read_lora(model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Te
     """LoRA, DoRA for `use_dora`, or PiSSA where the file's factors stand in a residual's place."""
     check_options(config, READ, bias="none")
     r, alpha, start = config.get("r", 8), config.get("lora_alpha", 8), config.get("init_lora_weights", True)
-    for key, usual in (("rank_pattern", r), ("alpha_pattern", alpha)):
-        if any(value != usual for value in (config.get(key) or {}).values()):
-            check_options({key: config[key]}, ())
+    check_patterns(config, r, alpha)
     dora, pissa = bool(config.get("use_dora")), start == "pissa"
     if (start not in ONLY_A_START and not pissa) or (dora and pissa):
         raise ValueError(
