@@ -34,7 +34,7 @@ __all__ = ["from_peft", "to_peft"]
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 WRITERS: dict[str, Writer] = {
-    **dict.fromkeys(("LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "DoRA"), write_lora),
+    **dict.fromkeys(("LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "MiLoRA", "DoRA"), write_lora),
     "AdaLoRA": write_adalora,
     **dict.fromkeys(("LoHa", "LoKr", "VeRA"), write_products),
     "IA3": write_ia3,
@@ -69,9 +69,9 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Non
     ...     sorted(path.name for path in to_peft(model, folder).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
 
-    LoRAFA and LoRAPlus become LoRAs, PiSSA one of twice the rank; PTuning and PrefixTuning are written without what
-    made their tokens. What only training knows of, such as a seed or LoRA+'s ratio, is left behind. The head of a
-    classifier is written along with virtual tokens, since HF PEFT trains and saves it.
+    LoRAFA and LoRAPlus become LoRAs, PiSSA and MiLoRA one of twice the rank; PTuning and PrefixTuning are written
+    without what made their tokens. What only training knows of, such as a seed or LoRA+'s ratio, is left behind. The
+    head of a classifier is written along with virtual tokens, since HF PEFT trains and saves it.
 
     Behind virtual tokens, HF PEFT takes padding on the left for words' places: it says the same of texts without.
 

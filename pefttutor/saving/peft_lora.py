@@ -1,4 +1,5 @@
-"""LoRA and its relatives as HF PEFT writes them: LoRA-FA and LoRA+ as LoRAs, PiSSA as one of twice the rank.
+"""LoRA and its relatives as HF PEFT writes them: LoRA-FA and LoRA+ as LoRAs, PiSSA and MiLoRA as one of twice the
+rank.
 
 PiSSA: ΔW = s · (B A − B₀ A₀) = s · [B, −B₀] [A; A₀]          a LoRA on the base as it was published
 """
@@ -24,7 +25,7 @@ from pefttutor.saving.peft_options import check_complete, check_options, check_p
 __all__ = ["read_lora", "write_lora"]
 
 MAGNITUDE = "lora_magnitude_vector"
-STARTS = ("lora_A_start", "lora_B_start")  # what PiSSA subtracts
+STARTS = ("lora_A_start", "lora_B_start")  # what PiSSA and MiLoRA subtract
 READ = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config",

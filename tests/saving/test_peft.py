@@ -126,6 +126,7 @@ OURS = {
     "LoRAFA": ("llama", pt.LoRAFA(r=3)),
     "LoRAPlus": ("gpt2", pt.LoRAPlus(r=3, target_modules=("c_attn",))),
     "PiSSA": ("gpt2", pt.PiSSA(r=3, lora_alpha=5, target_modules=("c_attn", "wte"))),
+    "MiLoRA": ("llama", pt.MiLoRA(r=3, lora_alpha=5)),
     "DoRA": ("gpt2", pt.DoRA(r=3, target_modules=("c_attn", "wte"))),
     "DoRA and a head": ("bert", pt.DoRA(r=3, **BERT)),
     "AdaLoRA": ("llama", pt.AdaLoRA(init_r=4, target_r=1, total_step=3)),
