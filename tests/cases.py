@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -88,6 +88,9 @@ ENDS = {  # of the sublayers: what an adapter is put after
     "net": ("down",),
 }
 MASKED = TARGETS | {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_fc"), "bert": ("query", "dense")}
+# Factors as even as can be, the largest in the middle.
+THREE = {8: (2, 2, 2), 24: (2, 4, 3), 40: (2, 5, 4), 72: (3, 6, 4)}
+THREE |= {12: (2, 3, 2), 20: (2, 5, 2), 48: (3, 4, 4)}
 SPECIAL = (
     1,
     2,
@@ -116,6 +119,10 @@ def of_lora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
 def of_adalora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     found, r = layers(base, TARGETS[kind]).items(), method.init_r
     return {f"{n}.lora_{x}": r * size for n, (i, o) in found for x, size in (("A", i), ("B", o), ("E", 1))}
+
+
+def of_increlora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    return of_adalora(kind, base, replace(method, init_r=2))
 
 
 def of_dora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
@@ -167,6 +174,15 @@ def of_mora(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     """√(2 (in + out)) to the nearest whole number, and down to an even one, squared."""
     found = layers(base, TARGETS[kind]).items()
     return {f"{n}.mora_M": (int((2 * (i + o)) ** 0.5 + 0.5) // 2 * 2) ** 2 for n, (i, o) in found}
+
+
+def of_mpo(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """With bonds of 2 a tensor at an end has twice as many values as there are pairs of its rows and columns."""
+    trains = {}
+    for n, (i, o) in layers(base, TARGETS[kind]).items():
+        (first_o, _, last_o), (first_i, _, last_i) = THREE[o], THREE[i]
+        trains |= {f"{n}.mpo_0": 2 * first_o * first_i, f"{n}.mpo_2": 2 * last_o * last_i}
+    return trains
 
 
 def of_vera(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
@@ -344,6 +360,14 @@ def two_adapters(kind: str, model: nn.Module) -> nn.Module:
     return pt.switch(model)
 
 
+def two_plugins(kind: str, model: nn.Module) -> nn.Module:
+    """LoRAs "a" and "b" that have learned something, switched off."""
+    for seed, name in enumerate("ab"):
+        pt.LoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]).attach(model, name=name)
+        moved(pt.switch(model, name), seed)
+    return pt.switch(model)
+
+
 # ---- one line a method
 
 
@@ -381,6 +405,9 @@ CASES = {
     ),
     "AutoFreeze": Case(lambda kind: pt.AutoFreeze(), everything),
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
+    "COLA": Case(  # without a merge, as ReLoRA
+        lambda kind: pt.COLA(r=2, lora_alpha=3, link_steps=100, target_modules=TARGETS[kind]), of_lora
+    ),
     "ChildTuningD": Case(lambda kind: pt.ChildTuningD(p_D=0.1), share("p_D"), examples),
     "ChildTuningF": Case(lambda kind: pt.ChildTuningF(p_F=0.5), everything),
     "Compacter": Case(
@@ -398,6 +425,10 @@ CASES = {
     "FishDip": Case(lambda kind: pt.FishDip(fraction=0.1), share("fraction"), examples),
     "FishMask": Case(lambda kind: pt.FishMask(fraction=0.1), share("fraction"), examples),
     "IA3": Case(ia3, of_ia3),
+    "IncreLoRA": Case(  # all layers get their second triplet after the second step
+        lambda kind: pt.IncreLoRA(target_r=2, max_r=2, incre_interval=1, top_h=99, target_modules=TARGETS[kind]),
+        of_increlora,
+    ),
     "LLaMAAdapter": Case(lambda kind: pt.LLaMAAdapter(adapter_len=3), of_llama_adapter),
     "LTSFT": Case(lambda kind: pt.LTSFT(l1_weight=0.1), everything),
     "LastLayers": Case(
@@ -415,9 +446,15 @@ CASES = {
     "LoKr": Case(lambda kind: pt.LoKr(r=1, alpha=1.5, target_modules=TARGETS[kind]), of_lokr),
     "LoRA": Case(lambda kind: pt.LoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "LoRAFA": Case(lambda kind: pt.LoRAFA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora_fa),
+    "LoRAHub": Case(  # of factors that are added up the gradient starts at 0
+        lambda kind: pt.LoRAHub(plugins=("a", "b"), combine="deltas"),
+        lambda kind, base, method: {"lorahub_weights": 2},
+        before=two_plugins,
+    ),
     "LoRAPlus": Case(lambda kind: pt.LoRAPlus(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "LoTR": Case(lambda kind: pt.LoTR(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lotr),
     "MELoRA": Case(lambda kind: pt.MELoRA(r=2, n=2, lora_alpha=3, target_modules=TARGETS[kind]), of_melora),
+    "MPO": Case(lambda kind: pt.MPO(bond_dim=2, target_modules=TARGETS[kind]), of_mpo),
     "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
     "MiLoRA": Case(lambda kind: pt.MiLoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "MoRA": Case(lambda kind: pt.MoRA(r=2, target_modules=TARGETS[kind]), of_mora),

@@ -64,6 +64,14 @@ def mora(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Te
     return answers[torch.arange(n_out) % len(answers)]
 
 
+def mpo(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    """Of three tensors: every row and column by its three indices."""
+    now = torch.einsum("xaip,pbjq,qcky->abcijk", *(t[f"mpo_{k}"] for k in range(3)))
+    start = torch.einsum("xaip,pbjq,qcky->abcijk", t["mpo_0_start"], t["mpo_1"], t["mpo_2_start"])
+    return (now - start).reshape(n_out, n_in)
+
+
+MPO = ("mpo_0", "mpo_1", "mpo_2", "mpo_0_start", "mpo_2_start")
 LOKR = tuple(f"lokr_w{i}{x}" for i in (1, 2) for x in ("", "_a", "_b"))
 
 # By the key that a layer must hold for it, and the keys of all that the formula uses.
@@ -73,6 +81,7 @@ FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "lotr_M": (lotr, ("lotr_M",)),
     "melora_A": (melora, ("melora_A", "melora_B")),
     "mora_M": (mora, ("mora_M",)),
+    "mpo_0": (mpo, MPO),
     **dict.fromkeys(("lokr_w1", "lokr_w1_a"), (lokr, LOKR)),
 }
 USED = {key for _, keys in FORMULAS.values() for key in keys}

@@ -41,7 +41,15 @@ LIKE_LORA = (
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
 IN_HOOKS = ("adapter_", "adaption_", "compacter_", "fusion_")
 # Tensors that are met in the formula of another one.
-IN_ANOTHERS = {"lora_B", "lora_E", "lora_gate", "lora_magnitude_vector", "lora_update_ratio", *USED}
+IN_ANOTHERS = {
+    "lora_B",
+    "lora_E",
+    "lora_gate",
+    "lora_magnitude_vector",
+    "lora_sensitivity",
+    "lora_update_ratio",
+    *USED,
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,12 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "LoTR": lambda: SetUp(kind(r=2, lora_alpha=2, target_modules=targets, init_seed=2)),
         "DeltaLoRA": lambda: SetUp(kind(r=2, start_steps=1, target_modules=targets)),
         "ReLoRA": lambda: SetUp(kind(r=2, reset_every=2, target_modules=targets)),
+        "IncreLoRA": lambda: SetUp(kind(init_r=2, target_r=2, max_r=2, target_modules=targets)),
+        "LoRAHub": lambda: SetUp(
+            kind(plugins=("a", "b"), combine="deltas"), before=functools.partial(_two_plugins, targets)
+        ),
+        "MPO": lambda: SetUp(kind(bond_dim=2, target_modules=targets)),
+        "COLA": lambda: SetUp(kind(r=2, link_steps=2, target_modules=targets)),
         "IA3": lambda: SetUp(kind(target_modules=scaled, feedforward_modules=scaled[-1:])),
         "BitFit": lambda: SetUp(kind()),
         "SSF": lambda: SetUp(kind()),
@@ -129,6 +143,14 @@ def _two_adapters(targets: tuple[str, ...] | None, model: nn.Module) -> None:
     """Two that have learned something, switched off."""
     for seed, name in enumerate("ab"):
         pefttutor.Adapter(bottleneck=3, scaling=2.0, target_modules=targets).attach(model, name=name)
+        spread(pefttutor.switch(model, name), seed=seed)
+    pefttutor.switch(model)
+
+
+def _two_plugins(targets: Any, model: nn.Module) -> None:
+    """Two that have learned something, switched off."""
+    for seed, name in enumerate("ab"):
+        pefttutor.LoRA(r=2, target_modules=targets).attach(model, name=name)
         spread(pefttutor.switch(model, name), seed=seed)
     pefttutor.switch(model)
 
@@ -338,6 +360,17 @@ class ByHand:
                     (leaves[f"{full}_{gate}"].sigmoid() * 3 - 1.5).clamp(0, 1) for gate in ("alpha", "group")
                 ]
                 made[full] = W[full] + z[0] * z[1] * leaf
+            elif key == "lorahub_weights":
+                for w, plugin in zip(leaf, method.plugins, strict=True):
+                    plugged = pefttutor.attached(model)[plugin]
+                    for place, A in plugged.tensors(model).items():
+                        at, _, what = place.rpartition(".")
+                        if what != "lora_A":
+                            continue
+                        delta = w * plugged.method.scaling * plugged.tensors(model)[f"{at}.lora_B"] @ A
+                        turned = type(base.get_submodule(at)).__name__ in ("Conv1D", "Embedding")
+                        before = made.get(f"{at}.weight", W[f"{at}.weight"])
+                        made[f"{at}.weight"] = before + (delta.t() if turned else delta)
             elif key.startswith(("lotr_L", "lotr_R")):
                 pass  # shared: see the layers' own
             elif key == "special":
@@ -1004,10 +1037,14 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "Adapter",
             "AdapterBias",
             "AdapterFusion",
+            "COLA",
             "Compacter",
             "DeltaLoRA",
             "IA3",
+            "IncreLoRA",
             "LoRA",
+            "LoRAHub",
+            "MPO",
             "ReLoRA",
             *LIKE_LORA,
         )

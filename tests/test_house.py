@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "models": "models saving.files",
     "data": "data models.carriers saving.files",
     "parts": "parts kernels data",
+    "parts.searching": "",
     "method": "parts kernels data",
     **dict.fromkeys(FAMILIES, "method parts kernels data"),
     "catalog": " ".join(FAMILIES),
@@ -40,6 +41,7 @@ FROM_OUTSIDE = {
     "kernels": "torch numpy",
     "data": "torch numpy transformers datasets pyarrow pandas",
     **dict.fromkeys(("parts", "method", *FAMILIES), "torch numpy transformers"),
+    "parts.searching": "torch nevergrad",  # the one place that needs what not everybody has installed
 }
 FACE = (
     "the package's face"  # `import pefttutor`, `from pefttutor import LoRA`: what is loaded lazily, for users

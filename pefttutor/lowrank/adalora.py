@@ -15,30 +15,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pefttutor.kernels.precision import unrounded
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
 from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.settings import check_choice, check_number, check_whole
-from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets
+from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets, off_orthogonal
 
-__all__ = ["AdaLoRA", "off_orthogonal"]
+__all__ = ["AdaLoRA"]
 
 COUNTER = "adalora_step"
-
-
-def off_orthogonal(rows: Tensor) -> Tensor:
-    """M Mᵀ − I, which is zero where the rows are orthogonal and of length 1; as precise as M, also under autocast.
-
-    >>> off_orthogonal(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
-    tensor([[1., 1.],
-            [1., 0.]])
-
-    Shapes: (r, n) → (r, r). Source: Zhang et al. 2023, eq. 4.
-    """
-    with unrounded(rows):
-        return rows @ rows.t() - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

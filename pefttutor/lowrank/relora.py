@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, Attachment, attaching, learning
-from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
-from pefttutor.parts.lowrank_layer import draw_factors
-from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
-from pefttutor.parts.restarting import Restarting, RestartingAdamW, Rewritten
+from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank
+from pefttutor.parts.restarting import Restarting, RestartingAdamW, add_restarting, merge_due, not_merged
 from pefttutor.parts.settings import check_number, check_whole
 
 __all__ = ["ReLoRA"]
@@ -93,11 +90,7 @@ class ReLoRA:
             r, or its weight can't be written to, for it is quantised, or shared. The model is then as it was.
         """
         with attaching(model, self, name) as new:
-            generator = torch.Generator().manual_seed(self.init_seed)
-            factors = partial(draw_factors, r=self.r, generator=generator)
-            add_lowrank(new, model, factors, Restarting, words=False)
-            new.add(Rewritten(model, _restarting(new)))
-            new.add(step_counter(model, COUNTER, name))
+            add_restarting(new, model, COUNTER)
         return model
 
     def count(self, model: nn.Module) -> int:
@@ -120,26 +113,12 @@ class ReLoRA:
     def after_step(self, model: nn.Module, step: int) -> None:
         """Count, and merge where that is due."""
         for attachment in learning(model, self):
-            counter = model.get_buffer(added_key(COUNTER, attachment.name))
-            counter += 1
-            if int(counter) % self.reset_every == 0:
-                generator = torch.Generator().manual_seed(self.init_seed + int(counter))
-                for part in _restarting(attachment):
-                    part.restart(generator)
+            merge_due(model, attachment, COUNTER, self.reset_every)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether anything was merged."""
-        for attachment in learning(model, self):
-            done = int(model.get_buffer(added_key(COUNTER, attachment.name)))
-            if done < self.reset_every:
-                why = (
-                    f"the training had {done} steps: give a smaller one"
-                    if done
-                    else "after_step was never called: train with pefttutor.fit, or with callbacks="
-                    "[pefttutor.callback()] in a Trainer"
-                )
-                return f"nothing was merged in reset_every={self.reset_every} steps, for {why}"
-        return None
+        reasons = [not_merged(model, a, COUNTER, "reset_every") for a in learning(model, self)]
+        return next(filter(None, reasons), None)
 
 
 def _restarting(attachment: Attachment) -> list[Restarting]:

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pefttutor.method import DEFAULT, attached, attaching
+from pefttutor.method import DEFAULT, attached, attaching, learning
+from pefttutor.parts.added import step_counter
+from pefttutor.parts.attachment import added_key
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.settings import check_number
 
 __all__ = ["SoRA", "soft_threshold"]
 
-GATE = "lora_gate"
+COUNTER, GATE = "sora_step", "lora_gate"
 
 
 def soft_threshold(values: Tensor, by: float) -> Tensor:
@@ -93,6 +95,7 @@ class SoRA:
             generator = torch.Generator().manual_seed(self.init_seed)
             factors = partial(draw_factors, r=self.r, generator=generator)
             add_lowrank(new, model, factors, Gated, words=False, generator=generator)
+            new.add(step_counter(model, COUNTER, name))
         return model
 
     def count(self, model: nn.Module) -> int:
@@ -115,6 +118,19 @@ class SoRA:
         with torch.no_grad():
             for part in self._gated(model, learning=True):
                 part.gate.copy_(soft_threshold(part.gate, self.sparse_lambda_2))
+        for attachment in learning(model, self):
+            counter = model.get_buffer(added_key(COUNTER, attachment.name))
+            counter += 1
+
+    def unfinished(self, model: nn.Module) -> str | None:
+        """Whether gates were pulled to zero at all."""
+        never = [a for a in learning(model, self) if not int(model.get_buffer(added_key(COUNTER, a.name)))]
+        if not never:
+            return None
+        return (
+            "no gate was pulled to zero, for after_step was never called: train with pefttutor.fit, or with callbacks="
+            "[pefttutor.callback()] in a Trainer"
+        )
 
     def _gated(self, model: nn.Module, *, learning: bool = False) -> list[Gated]:
         mine = [a for a in attached(model).values() if a.method == self and (a.learns or not learning)]

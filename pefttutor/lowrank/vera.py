@@ -22,7 +22,7 @@ from pefttutor.parts.added import Shared
 from pefttutor.parts.drawing import drawn_again
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank, lowrank_targets
-from pefttutor.parts.settings import check_number
+from pefttutor.parts.settings import check_choice, check_number
 from pefttutor.parts.weight_delta import WeightDelta, beside
 
 __all__ = ["VeRA", "draw_projections"]
@@ -60,11 +60,12 @@ class VeRA:
     r: how many random directions each layer weighs; much larger than LoRA's, for each costs one value.
     d_initial: where d starts. There is no lora_alpha.
     projection_prng_key: fixes A and B, whatever the device.
+    save_projection: whether files hold A and B, which may then be any, such as those of a file of HF PEFT's.
     target_modules, modules_to_save: as in LoRA. vera_dropout: on the input of the change, in training.
 
     A and B have the size of the largest target; a smaller layer takes their first columns and rows. They lie in the
-    model once, as buffers, and in no file: they are drawn again from the key, by a generator whose numbers are fixed
-    for good. (HF PEFT draws with torch's, and so advises to store them.) A checkpoint of `fit` holds them.
+    model once, as buffers, and by default in no file: they are drawn again from the key, by a generator whose numbers
+    are fixed for good. (HF PEFT draws with torch's, and so advises to store them.) A checkpoint of `fit` holds them.
 
     Shapes: d (r), b (out); A (r, largest in), B (largest out, r).
     Cost: it trains r + out values a layer (`count`) and holds r · (in + out) for the whole model. A token takes
@@ -79,10 +80,12 @@ class VeRA:
     vera_dropout: float = 0.0
     modules_to_save: Collection[str] = ()
     projection_prng_key: int = 0
+    save_projection: bool = False
 
     def __post_init__(self) -> None:
         check_lowrank(self, alpha=None, dropout="vera_dropout", seed="projection_prng_key")
         check_number(self, "d_initial")
+        check_choice(self, "save_projection", (True, False))
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, draw A and B, give its target modules the two vectors, and return it.
@@ -95,7 +98,7 @@ class VeRA:
             n_in, n_out = (max(side) for side in zip(*map(sizes, targets.values()), strict=True))
             drawn = draw_projections(n_in, n_out, self.r, self.projection_prng_key)
             placed = beside(next(iter(targets.values())), dict(zip((A_KEY, B_KEY), drawn, strict=True)))
-            shared = Shared(model, name, placed, stored=False)
+            shared = Shared(model, name, placed, stored=self.save_projection)
             new.add(shared)
             how = {"shared": shared, "dropout": self.vera_dropout}
             add_lowrank(new, model, self._vectors, Rescaled, rank=None, words=False, **how)

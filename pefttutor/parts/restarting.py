@@ -8,17 +8,29 @@ The function stays the same, and what all changes add up to has a rank as large 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pefttutor.parts.added import step_counter
+from pefttutor.parts.attachment import Attachment, added_key
 from pefttutor.parts.freezing import Whole
 from pefttutor.parts.linear import stored_as
-from pefttutor.parts.lowrank_layer import LowRank, as_in_linear
+from pefttutor.parts.lowrank_layer import LowRank, as_in_linear, draw_factors
+from pefttutor.parts.lowrank_targets import add_lowrank
 from pefttutor.parts.part import owners_of_each
 
-__all__ = ["Restarting", "RestartingAdamW", "Rewritten", "cut_smallest"]
+__all__ = [
+    "Restarting",
+    "RestartingAdamW",
+    "Rewritten",
+    "add_restarting",
+    "cut_smallest",
+    "merge_due",
+    "not_merged",
+]
 
 
 class Restarting(LowRank):
@@ -68,6 +80,43 @@ class Rewritten(Whole):
 
     def trained(self) -> list[nn.Parameter]:
         return []
+
+
+def add_restarting(new: Attachment, model: nn.Module, counter: str) -> None:
+    """Take in what a method of this kind needs: factors that restart, the weights they are written to, and a count."""
+    generator = torch.Generator().manual_seed(new.method.init_seed)
+    factors = partial(draw_factors, r=new.method.r, generator=generator)
+    add_lowrank(new, model, factors, Restarting, words=False)
+    new.add(Rewritten(model, [part for part in new.parts if isinstance(part, Restarting)]))
+    new.add(step_counter(model, counter, new.name))
+
+
+def merge_due(model: nn.Module, attachment: Attachment, counter: str, every: int) -> None:
+    """Count a step, and after every so many merge and restart, each time with other draws."""
+    done = model.get_buffer(added_key(counter, attachment.name))
+    done += 1
+    if int(done) % every == 0:
+        generator = torch.Generator().manual_seed(attachment.method.init_seed + int(done))
+        for part in attachment.parts:
+            if isinstance(part, Restarting):
+                part.restart(generator)
+
+
+def not_merged(model: nn.Module, attachment: Attachment, counter: str, field: str) -> str | None:
+    """Why nothing was merged, if nothing was. field: of the method, the steps between merges."""
+    done, every = (
+        int(model.get_buffer(added_key(counter, attachment.name))),
+        getattr(attachment.method, field),
+    )
+    if done >= every:
+        return None
+    why = (
+        f"the training had {done} steps: give a smaller one"
+        if done
+        else "after_step was never called: train with pefttutor.fit, or with callbacks=[pefttutor.callback()] in a "
+        "Trainer"
+    )
+    return f"nothing was merged in {field}={every} steps, for {why}"
 
 
 def cut_smallest(values: Tensor, share: float) -> None:

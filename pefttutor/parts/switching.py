@@ -177,18 +177,19 @@ def detach(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
                 f"{other.name!r} ({type(other.method).__name__}) computes with {read[0]!r}: take that one out first, "
                 f"or both, pefttutor.detach(model, {other.name!r}, {read[0]!r})."
             )
-    for attachment in chosen if keep else ():
+    through = {name for attachment in chosen for name in attachment.reads}  # they act in another one
+    kept = [attachment for attachment in chosen if keep and attachment.name not in through]
+    for attachment in kept:
         _check_foldable(model, attachment, chosen, for_good=True)
-    unmerged = [attachment.name for attachment in chosen if not attachment.merged]
-    if keep and unmerged:
+    if unmerged := [attachment.name for attachment in kept if not attachment.merged]:
         merge(model, *unmerged)
-    for attachment in chosen if keep else reversed(chosen):
-        if keep:
+    for attachment in [*kept, *(a for a in reversed(chosen) if a not in kept)]:
+        if attachment in kept:
             for part in attachment.parts:
                 part.keep(model)
         elif attachment.merged:
             _unmerge([attachment])
-        if attachment.active and not keep:
+        if attachment.active and attachment not in kept:
             attachment.switch(False)
         for part in reversed(attachment.parts):
             part.remove()

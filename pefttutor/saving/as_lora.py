@@ -72,7 +72,9 @@ def _replaced(model: nn.Module, attachment: Attachment, lora: Any, leave_out: bo
     became, changes = _in_place(model, [part for part in attachment.parts if part not in layers])
     deltas, rest = _of_layers(layers, r)
     more, others = _of_weights(model, {key: d for key, d in changes.items() if key not in kept}, r)
-    deltas, rest = deltas | more, rest + others
+    rest += others
+    for path, delta in more.items():  # a weight that is written in training, and a change beside it
+        deltas[path] = deltas[path] + delta if path in deltas else delta
     if rest and not leave_out:
         raise ValueError(
             f"{attachment.name!r} ({kind}) has also changed {listed(rest)}, which a LoRA of rank {r} can't hold. Name "

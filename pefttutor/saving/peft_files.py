@@ -22,9 +22,10 @@ from pefttutor.saving.contents import filled, listed, savable
 from pefttutor.saving.files import write_atomically
 from pefttutor.saving.peft_adalora import read_adalora, write_adalora
 from pefttutor.saving.peft_adaption import read_adaption, write_adaption
-from pefttutor.saving.peft_form import Found, Reader, Writer, Written
+from pefttutor.saving.peft_form import SHARED, Found, Reader, Writer, Written
 from pefttutor.saving.peft_lora import read_lora, write_lora
 from pefttutor.saving.peft_modules import HEADS, check_places, modules_in, modules_out, task_of
+from pefttutor.saving.peft_products import read_products, write_products
 from pefttutor.saving.peft_prompts import read_prefix, read_prompt, read_ptuning, write_prefix, write_tokens
 from pefttutor.saving.peft_vectors import read_ia3, read_norms, write_ia3, write_norms
 
@@ -33,8 +34,9 @@ __all__ = ["from_peft", "to_peft"]
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 WRITERS: dict[str, Writer] = {
-    **dict.fromkeys(("LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "DoRA"), write_lora),
+    **dict.fromkeys(("LoRA", "LoRAFA", "LoRAPlus", "PiSSA", "MiLoRA", "DoRA"), write_lora),
     "AdaLoRA": write_adalora,
+    **dict.fromkeys(("LoHa", "LoKr", "VeRA"), write_products),
     "IA3": write_ia3,
     "LayerNormTuning": write_norms,
     "LLaMAAdapter": write_adaption,
@@ -45,6 +47,7 @@ WRITERS: dict[str, Writer] = {
 READERS: dict[str, Reader] = {
     "LORA": read_lora,
     "ADALORA": read_adalora,
+    **dict.fromkeys(("LOHA", "LOKR", "VERA"), read_products),
     "IA3": read_ia3,
     "LN_TUNING": read_norms,
     "ADAPTION_PROMPT": read_adaption,
@@ -66,9 +69,9 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Non
     ...     sorted(path.name for path in to_peft(model, folder).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
 
-    LoRAFA and LoRAPlus become LoRAs, PiSSA one of twice the rank; PTuning and PrefixTuning are written without what
-    made their tokens. What only training knows of, such as a seed or LoRA+'s ratio, is left behind. The head of a
-    classifier is written along with virtual tokens, since HF PEFT trains and saves it.
+    LoRAFA and LoRAPlus become LoRAs, PiSSA and MiLoRA one of twice the rank; PTuning and PrefixTuning are written
+    without what made their tokens. What only training knows of, such as a seed or LoRA+'s ratio, is left behind. The
+    head of a classifier is written along with virtual tokens, since HF PEFT trains and saves it.
 
     Behind virtual tokens, HF PEFT takes padding on the left for words' places: it says the same of texts without.
 
@@ -112,7 +115,8 @@ def _named(written: Written, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors by HF PEFT's keys."""
     if written.prompts:
         return written.tensors | {f"base_model.{key}": tensor for key, tensor in whole.items()}
-    return {f"base_model.model.{key}": tensor for key, tensor in {**written.tensors, **whole}.items()}
+    every = {**written.tensors, **whole}.items()
+    return {f"base_model.{'' if key in SHARED else 'model.'}{key}": tensor for key, tensor in every}
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], base: dict[str, Any]) -> None:
@@ -219,12 +223,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
 
 def _plain(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
     """The tensors by their names in the model."""
-    foreign = [key for key in tensors if not key.startswith(prefix) and key != "prompt_embeddings"]
+    beside = {"prompt_embeddings": "prompt_embeddings"} | {f"base_model.{key}": key for key in SHARED}
+    foreign = [key for key in tensors if not key.startswith(prefix) and key not in beside]
     if foreign:
         raise ValueError(
             f"{path} has tensors that aren't HF PEFT's, whose names begin with {prefix!r}: {listed(foreign)}."
         )
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return {beside.get(key, key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
 
 
 def _check_rest(model: nn.Module, rest: Mapping[str, Tensor], path: Path) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from pefttutor.method import Attachment
 
-__all__ = ["Found", "Reader", "Writer", "Written"]
+__all__ = ["SHARED", "Found", "Reader", "Writer", "Written"]
+
+SHARED = ("vera_A", "vera_B")  # what HF PEFT holds once for all layers, beside the model
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""LoRA and its relatives as HF PEFT writes them: LoRA-FA and LoRA+ as LoRAs, PiSSA as one of twice the rank.
+"""LoRA and its relatives as HF PEFT writes them: LoRA-FA and LoRA+ as LoRAs, PiSSA and MiLoRA as one of twice the
+rank.
 
 PiSSA: ΔW = s · (B A − B₀ A₀) = s · [B, −B₀] [A; A₀]          a LoRA on the base as it was published
 """
@@ -19,12 +20,12 @@ from pefttutor.parts.linear import transposed
 from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.saving.peft_form import Found, Written
 from pefttutor.saving.peft_modules import module_at, names_for
-from pefttutor.saving.peft_options import check_complete, check_options, keys_of
+from pefttutor.saving.peft_options import check_complete, check_options, check_patterns, keys_of
 
 __all__ = ["read_lora", "write_lora"]
 
 MAGNITUDE = "lora_magnitude_vector"
-STARTS = ("lora_A_start", "lora_B_start")  # what PiSSA subtracts
+STARTS = ("lora_A_start", "lora_B_start")  # what PiSSA and MiLoRA subtract
 READ = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config",
@@ -65,9 +66,7 @@ def read_lora(model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Te
     """LoRA, DoRA for `use_dora`, or PiSSA where the file's factors stand in a residual's place."""
     check_options(config, READ, bias="none")
     r, alpha, start = config.get("r", 8), config.get("lora_alpha", 8), config.get("init_lora_weights", True)
-    for key, usual in (("rank_pattern", r), ("alpha_pattern", alpha)):
-        if any(value != usual for value in (config.get(key) or {}).values()):
-            check_options({key: config[key]}, ())
+    check_patterns(config, r, alpha)
     dora, pissa = bool(config.get("use_dora")), start == "pissa"
     if (start not in ONLY_A_START and not pissa) or (dora and pissa):
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from pefttutor.saving.contents import listed
 
-__all__ = ["check_complete", "check_options"]
+__all__ = ["check_complete", "check_options", "check_patterns", "keys_of"]
 
 # Where it comes from, or what has an effect only beside an option that is refused.
 WITHOUT_EFFECT = {
@@ -20,8 +20,8 @@ WITHOUT_EFFECT = {
 OFF: tuple[Any, ...] = (None, False, [], {}, "")
 WAY_OUT = {
     "bias": "train biases by a BitFit of its own, beside the LoRA",
-    "rank_pattern": "here all layers of a LoRA have one rank",
-    "alpha_pattern": "here all layers of a LoRA have one lora_alpha",
+    "rank_pattern": "here all layers have one rank",
+    "alpha_pattern": "here all layers have one alpha",
 }
 
 
@@ -44,6 +44,13 @@ def check_options(config: dict[str, Any], read: Iterable[str], **neutral: Any) -
                 f"adapter_config.json has {key} = {value!r}, which can't be said here, so the model would compute "
                 f"something else: {way_out}."
             )
+
+
+def check_patterns(config: dict[str, Any], r: Any, alpha: Any) -> None:
+    """Raise ValueError if layers have another rank or alpha than the method."""
+    for key, usual in (("rank_pattern", r), ("alpha_pattern", alpha)):
+        if any(value != usual for value in (config.get(key) or {}).values()):
+            check_options({key: config[key]}, ())
 
 
 def check_complete(model: nn.Module, config: dict[str, Any], paths: Collection[str]) -> None:

@@ -100,6 +100,15 @@ def assert_same_as_peft(
     assert all(p.grad is None for name, p in own.items() if name not in trains)
 
 
+def without_the_small_number(theirs: Any) -> None:
+    """HF PEFT's AdaLoRA divides lora_alpha by r + 0.00001, which it lets train, and has a penalty in its loss."""
+    for name, parameter in theirs.named_parameters():
+        if "ranknum" in name:
+            parameter.data.sub_(1e-5)
+            parameter.requires_grad_(False)
+    theirs.peft_config["default"].orth_reg_weight = 0
+
+
 def with_linear_layers(model: nn.Module) -> nn.Module:
     """A copy that has an `nn.Linear` where GPT-2 has a Conv1D: the same function, which HF PEFT's LyCORIS can adapt."""
     model = copy.deepcopy(model)

@@ -24,12 +24,11 @@ from pefttutor import (
     trainable,
     unmerge,
 )  # fmt: skip
-from pefttutor.lowrank.adalora import off_orthogonal
 from pefttutor.memory.measured import watch_saved
-from pefttutor.parts.triplets import IMPORTANCE, KEPT
+from pefttutor.parts.triplets import IMPORTANCE, KEPT, off_orthogonal
 from pefttutor.train.hooks import Hooks
 from pefttutor.widgets.spectrum import updates
-from tests.lowrank.peers import EXACT, assert_same_as_peft, drawn, with_peft
+from tests.lowrank.peers import EXACT, assert_same_as_peft, drawn, with_peft, without_the_small_number
 from tests.memory.models import batch_of, model_of
 from tests.pictures import differences, picture
 
@@ -45,15 +44,6 @@ def config_of(ours: AdaLoRA):
         lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, target_modules=list(ours.target_modules),
         modules_to_save=list(ours.modules_to_save) or None,
     )  # fmt: skip
-
-
-def without_the_small_number(theirs):
-    """HF PEFT divides lora_alpha by r + 0.00001; and its loss has the penalty in it, which is looked at apart."""
-    for name, parameter in theirs.named_parameters():
-        if "ranknum" in name:
-            parameter.data.sub_(1e-5)
-            parameter.requires_grad_(False)  # a constant, which HF PEFT lets train
-    theirs.peft_config["default"].orth_reg_weight = 0
 
 
 # ---- HF PEFT

@@ -12,20 +12,11 @@ from torch import nn
 from pefttutor import SoRA, fit, save
 from pefttutor.lowrank.sora import soft_threshold
 from pefttutor.train.hooks import Hooks
-from tests.lowrank.peers import assert_same_as_peft, drawn
+from tests.lowrank.peers import assert_same_as_peft, drawn, without_the_small_number
 from tests.memory.models import assert_estimate_is_measured
 from tests.pictures import differences, picture
 
 F64, BF16 = torch.float64, torch.bfloat16
-
-
-def as_sora(theirs):
-    """HF PEFT divides lora_alpha by r + 0.00001, which it lets train, and has a penalty of its own in the loss."""
-    for name, parameter in theirs.named_parameters():
-        if "ranknum" in name:
-            parameter.data.sub_(1e-5)
-            parameter.requires_grad_(False)
-    theirs.peft_config["default"].orth_reg_weight = 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -40,7 +31,7 @@ def test_outputs_and_every_gradient_are_those_of_peft(tiny, batch, kind, names, 
     )
     inputs = batch(kind, side="left" if dropout else "right", dtype=F64)
     assert_same_as_peft(
-        tiny(kind, dtype=F64), ours, config, inputs, train=dropout > 0, prepare=as_sora,
+        tiny(kind, dtype=F64), ours, config, inputs, train=dropout > 0, prepare=without_the_small_number,
         called={"lora_E": "lora_gate"},
     )  # fmt: skip
 

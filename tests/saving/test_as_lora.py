@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -82,6 +83,19 @@ def test_with_rank_enough_nothing_is_lost_and_the_model_says_the_same(which):
     lost = pt.as_lora(model, r=rank)
     assert max(lost.values()) < 1e-5
     torch.testing.assert_close(logits(model, kind), said, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_merged_in_training_and_the_change_beside_it_are_one():
+    """Two links of a chain lie in the weight, and a third beside it: rank 6 holds them all, and rank 4 doesn't."""
+    model = pt.ReLoRA(r=2, reset_every=1).attach(tiny_model("llama"))
+    for seed in range(3):
+        moved(model, seed)
+        if seed < 2:
+            pt.adapted(model).after_step(model, seed)
+    said, whole = logits(model, "llama"), copy.deepcopy(model)
+    assert max(pt.as_lora(model, r=6).values()) < 1e-5
+    torch.testing.assert_close(logits(model, "llama"), said, rtol=1e-4, atol=1e-4)
+    assert min(pt.as_lora(whole, r=4).values()) > 0.01
 
 
 def test_modules_that_stay_whole_and_a_tied_table(tmp_path):

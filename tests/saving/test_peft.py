@@ -25,7 +25,8 @@ from tests.pictures import differences, picture
 from tests.tiny import made, tiny_batch, tiny_config, tiny_model
 
 # What HF PEFT warns of, and what is meant: a tied head that is saved twice, the cache's name of before, no name of a
-# base (0.20), an embedding's own weight, its own names for the triplets of a layer, and a layer that has none left.
+# base (0.20), an embedding's own weight, its own names for the triplets of a layer, a layer that has none left, and
+# VeRA's A and B that no file holds.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
@@ -35,6 +36,7 @@ pytestmark = [
         "Setting `save_embedding_layers` to `True` as embedding",
         "The following rank_pattern keys",
         ".*LoRA tensor.s. have invalid shape",
+        "Specified to not (save|load) vera_A and vera_B",
     )
 ]
 BF16 = torch.bfloat16
@@ -124,10 +126,17 @@ OURS = {
     "LoRAFA": ("llama", pt.LoRAFA(r=3)),
     "LoRAPlus": ("gpt2", pt.LoRAPlus(r=3, target_modules=("c_attn",))),
     "PiSSA": ("gpt2", pt.PiSSA(r=3, lora_alpha=5, target_modules=("c_attn", "wte"))),
+    "MiLoRA": ("llama", pt.MiLoRA(r=3, lora_alpha=5)),
     "DoRA": ("gpt2", pt.DoRA(r=3, target_modules=("c_attn", "wte"))),
     "DoRA and a head": ("bert", pt.DoRA(r=3, **BERT)),
     "AdaLoRA": ("llama", pt.AdaLoRA(init_r=4, target_r=1, total_step=3)),
     "AdaLoRA by its rank": ("bert", pt.AdaLoRA(init_r=4, target_r=2, total_step=9, scale_by_rank=True, **BERT)),
+    "LoHa": ("llama", pt.LoHa(r=2, alpha=5, target_modules=("q_proj", "down_proj"))),
+    "LoKr": ("bert", pt.LoKr(r=1, alpha=5, **BERT)),
+    "LoKr of both": ("llama", pt.LoKr(r=2, decompose_both=True, target_modules=("v_proj", "down_proj"))),
+    "LoKr by a factor": ("t5", pt.LoKr(r=9, decompose_factor=4, target_modules=("q", "wo"))),
+    "VeRA": ("gpt2", pt.VeRA(r=30, target_modules=("c_attn", "mlp.c_proj"))),
+    "VeRA and a head": ("bert", pt.VeRA(r=30, d_initial=0.5, projection_prng_key=3, **BERT)),
     "IA3": ("t5", pt.IA3(target_modules=("k", "v", "wo"), **FED)),
     "IA3 of a Conv1D": ("gpt2", pt.IA3(target_modules=("c_attn", "mlp.c_proj"), feedforward_modules=("mlp.c_proj",))),
     "LayerNormTuning": ("bert", pt.LayerNormTuning(modules_to_save=("classifier",))),
@@ -260,6 +269,11 @@ THEIRS = {
     "DoRA": ("gpt2", peft.LoraConfig(**LORA, target_modules=["c_attn", "wte"], use_dora=True)),
     "PiSSA": ("llama", peft.LoraConfig(**LORA, target_modules=["q_proj"], init_lora_weights="pissa", use_rslora=True)),
     "AdaLoRA": ("bert", peft.AdaLoraConfig(**ADALORA, task_type="SEQ_CLS")),
+    "LoHa": ("llama", peft.LoHaConfig(r=2, alpha=5, target_modules=["q_proj", "down_proj"])),
+    "LoKr": ("bert", peft.LoKrConfig(r=1, alpha=5, target_modules=["query", "value"], task_type="SEQ_CLS")),
+    "LoKr of both": ("llama", peft.LoKrConfig(r=2, decompose_both=True, target_modules=["v_proj", "down_proj"])),
+    "LoKr by a factor": ("t5", peft.LoKrConfig(r=9, decompose_factor=4, target_modules=["q", "wo"])),
+    "VeRA": ("gpt2", peft.VeraConfig(r=30, target_modules=["c_attn", "mlp.c_proj"], vera_dropout=0.1)),
     "IA3": ("t5", peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])),
     "IA3 of a Conv1D": ("gpt2", peft.IA3Config(target_modules=["c_attn", FFN], feedforward_modules=[FFN])),
     "norms": ("gpt2", peft.LNTuningConfig(target_modules=ALL_NORMS)),
@@ -331,6 +345,45 @@ def test_what_was_trained_there_says_the_same_here_and_trains_on(which, tmp_path
     assert differences({n: t for n, t in plain.state_dict().items()}, dict(model.state_dict())) == []
 
 
+def test_projections_that_no_file_holds_are_drawn_as_there(tmp_path):
+    """Of layers of two sizes; once they are here, our files hold them."""
+    names = ["q_proj", "down_proj"]
+    config = peft.VeraConfig(r=30, projection_prng_key=7, save_projection=False, target_modules=names)
+    theirs = trained(wrapped("llama", config), "llama")
+    theirs.save_pretrained(tmp_path)
+    assert not [key for key in written(tmp_path)[1] if "vera_A" in key]
+    model = pt.from_peft(base("llama"), tmp_path)
+    for key in ("vera_A", "vera_B"):
+        assert torch.equal(getattr(model, key), getattr(theirs.base_model, key)["default"])
+    torch.testing.assert_close(logits(model, "llama"), logits(theirs, "llama"), rtol=2e-5, atol=2e-5)
+    pt.save(model, tmp_path / "ours")
+    assert torch.equal(logits(pt.load(base("llama"), tmp_path / "ours"), "llama"), logits(model, "llama"))
+
+
+def test_options_of_products_that_mean_something_else_are_refused(tmp_path):
+    wrapped("llama", peft.LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    before, options = written(tmp_path)[1], written(tmp_path)[0]
+    first = next(iter(before))
+    for changed_file, changed_options, message in (
+        (before, {"module_dropout": 0.1}, "module_dropout = 0.1, which can't be said here"),
+        (before, {"rank_pattern": {"q_proj": 3}}, "rank_pattern = .*all layers have one rank"),
+        (before, {"alpha_pattern": {"q_proj": 3}}, "alpha_pattern = .*all layers have one alpha"),
+        (before, {"decompose_factor": 5}, "decompose_factor is 5, which doesn't divide both sizes"),
+        (before, {"r": 12}, "lokr_w2 is missing"),
+        (
+            {k: t for k, t in before.items() if k != first},
+            {},
+            f"{first.removeprefix('base_model.model.')} is missing",
+        ),
+    ):
+        rewrite(tmp_path, changed_file, **options | changed_options)
+        model = base("llama")
+        unchanged = picture(model)
+        with pytest.raises(ValueError, match=message):
+            pt.from_peft(model, tmp_path)
+        assert differences(unchanged, picture(model)) == []
+
+
 # ---- what can't be said
 
 OWN_WEIGHTS = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 4}
@@ -347,8 +400,8 @@ def folder(tmp_path):
     ("options", "message"),
     [
         ({"bias": "lora_only"}, "bias = 'lora_only', which can't be said here.*BitFit"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern = .*all layers of a LoRA have one rank"),
-        ({"alpha_pattern": {"q_proj": 9}}, "alpha_pattern = .*one lora_alpha"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern = .*all layers have one rank"),
+        ({"alpha_pattern": {"q_proj": 9}}, "alpha_pattern = .*one alpha"),
         ({"layer_replication": [[0, 1]]}, "layer_replication = "),
         ({"trainable_token_indices": [3]}, "trainable_token_indices = .3.*merge it into the weights there"),
         ({"lora_bias": True}, "lora_bias = True"),
@@ -357,7 +410,7 @@ def folder(tmp_path):
         ({"of_next_year": 0}, "of_next_year = 0, which"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora', which has changed the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; what can be read is LORA, ADALORA"),
+        ({"peft_type": "BOFT"}, "peft_type 'BOFT'; what can be read is LORA, ADALORA"),
         ({"peft_type": None}, "peft_type None"),
         ({"lora_alpha": "much"}, "settings that don't fit: lora_alpha is 'much'"),
         ({"peft_type": ["LORA"]}, "peft_type .'LORA'.; what can be read"),
@@ -559,6 +612,8 @@ def test_norms_of_which_only_some_train_are_refused(tmp_path):
 WITHOUT = {
     "BitFit": ("gpt2", pt.BitFit(), r"no BitFit is written for HF PEFT; there are LoRA, .*pefttutor.as_lora"),
     "AdaLoRA": ("gpt2", pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=("wte",)), "takes no embeddings"),
+    "LoHa": ("gpt2", pt.LoHa(r=2, target_modules=("c_attn",)), "LoHa takes no Conv1D, and '.*h.0.attn.c_attn'"),
+    "LoKr": ("gpt2", pt.LoKr(r=2, target_modules=("c_attn",)), "LoKr takes no Conv1D"),
     "IA3": ("gpt2", pt.IA3(target_modules=("wte",), feedforward_modules=()), "takes no embeddings"),
     "a gate a head": ("mistral", pt.LLaMAAdapter(gate="head"), "gate is 'head', and HF PEFT has one number for all"),
     "a head beside prompts": ("mistral", pt.LLaMAAdapter(modules_to_save=("lm_head",)), "HF PEFT trains nothing else"),

@@ -1,0 +1,59 @@
+"""What no low-rank method may take in silence: a rank above the matrix, and a training that never asks it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pefttutor as pt
+from pefttutor import lowrank
+from pefttutor.train.hooks import Hooks
+from tests.pictures import differences, picture
+
+FIELDS = {"AdaLoRA": ("init_r",), "IncreLoRA": ("init_r", "target_r", "max_r"), "MPO": ("bond_dim",)}
+# What a method needs beside a rank.
+OWN = {"AdaLoRA": {"total_step": 5, "target_r": 1}, "MELoRA": {"n": 1}}
+# Of these a larger one makes sense, and is described there.
+ANY_RANK = {
+    "LoKr": "its factors are whole then, which is KronA",
+    "LoRAHub": "its plug-ins have theirs",
+    "MoRA": "r says how many values train, and not a rank",
+    "VeRA": "its directions are random and cost a value each",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in lowrank.__all__ if name not in ANY_RANK])
+def test_a_rank_above_the_matrix_is_refused_with_the_largest_that_fits(name):
+    model = nn.Sequential(nn.Linear(12, 9))
+    before, rank = picture(model), 99 if name == "MPO" else 10
+    method = getattr(pt, name)(
+        **OWN.get(name, {}) | dict.fromkeys(FIELDS.get(name, ("r",)), rank), target_modules=("0",)
+    )
+    with pytest.raises(ValueError, match=r"but .*(must be at most 9|with bonds of at most \d+)"):
+        method.attach(model)
+    with pytest.raises(ValueError, match="at most"):
+        method.count(model)
+    assert differences(before, picture(model)) == []
+
+
+def test_mora_refuses_a_square_that_is_larger_than_the_layer():
+    model = nn.Sequential(nn.Linear(12, 9))
+    with pytest.raises(ValueError, match="r is 10"):
+        pt.MoRA(r=10, target_modules=("0",)).attach(model)
+
+
+SCHEDULED = [name for name in lowrank.__all__ if hasattr(getattr(pt, name), "after_step")]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_step_that_is_never_called_is_told(name):
+    """As a loop of one's own, or a Trainer without the callback, ends."""
+    own = {"AdaLoRA": {"init_r": 2, "target_r": 1, "total_step": 5}, "IncreLoRA": {"target_r": 2, "max_r": 3}}
+    method = getattr(pt, name)(**own.get(name, {"r": 2}), target_modules=("0",))
+    model = method.attach(nn.Sequential(nn.Linear(12, 9)))
+    model(torch.ones(1, 12)).sum().backward()
+    with pytest.warns(UserWarning, match=f"{name}: .*after_step was never called"):
+        Hooks(model).warn_of_unfinished()
+    assert "SoRA" in SCHEDULED
+    assert len(SCHEDULED) >= 7
