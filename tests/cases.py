@@ -186,6 +186,16 @@ def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
+def of_adamix(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """At the end of each feed-forward the down-projections of all experts, and one up-projection."""
+    ends = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
+    return {
+        n.replace("adapter_", "adamix_"): size * (method.experts if "_down" in n else 1)
+        for n, size in ends.items()
+        if f".{ENDS[kind][-1]}." in n
+    }
+
+
 def of_adapter_bias(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     """w and v of the layer that ends each feed-forward, and b where that has a bias."""
     biased = {n.removesuffix(".bias") for n, _ in base.named_parameters() if n.endswith(".bias")}
@@ -404,6 +414,9 @@ CASES = {
     "AdaLoRA": Case(  # of a layer that lost all its ranks one couldn't see whether it has trained
         lambda kind: pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=TARGETS[kind]), of_adalora
     ),
+    "AdaMix": Case(
+        lambda kind: pt.AdaMix(bottleneck=3, experts=3, target_modules=ENDS[kind] if kind == "net" else None), of_adamix
+    ),
     "Adapter": Case(adapter, of_adapter),
     "AdapterBias": Case(
         lambda kind: pt.AdapterBias(target_modules=ENDS[kind] if kind == "net" else None), of_adapter_bias
@@ -488,6 +501,7 @@ CASES = {
 # ---- what a method can't do, and with which error it says so: by architecture, or by what is asked of it
 
 CANNOT = {
+    ("AdaMix", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     ("Adapter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     (
         "AdapterFusion",

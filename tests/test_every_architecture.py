@@ -40,7 +40,8 @@ LIKE_LORA = (
     "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
-IN_HOOKS = ("adapter_", "adaption_", "compacter_", "fusion_")
+IN_HOOKS = ("adamix_", "adapter_", "adaption_", "compacter_", "fusion_")
+GATES = ("lora_gate_", "prefix_gate_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {"lora_B", "lora_E", "lora_gate", "lora_magnitude_vector", "lora_update_ratio", *USED}
 
@@ -69,6 +70,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "Adapter": lambda: SetUp(
             kind(bottleneck=3, scaling=2.0, target_modules=_where_not_found(model, scaled))
         ),
+        "AdaMix": lambda: SetUp(kind(bottleneck=3, target_modules=_where_not_found(model, scaled))),
         "AdapterFusion": lambda: SetUp(
             kind(adapters=("a", "b")),
             before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
@@ -310,7 +312,7 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors, prompt, prefix = {}, {}, None, None
-        adapters = _by_layer(leaves, "adapter_") | _of_products(leaves)
+        adapters = _by_layer(leaves, "adapter_") | _of_products(leaves) | _of_experts(leaves)
         fusions = _by_layer(leaves, "fusion_")
         prompts = _by_layer(leaves, "adaption_")
         fused = [
@@ -419,6 +421,15 @@ def _of_products(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return made
 
 
+def _of_experts(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The mean of the experts that an adapter has of a projection."""
+    shared = {"down": 2, "down_bias": 1, "up": 2, "up_bias": 1}  # how many dimensions one has
+    return {
+        path: {key: t if t.dim() == shared[key] else sum(t) / len(t) for key, t in w.items()}
+        for path, w in _by_layer(leaves, "adamix_").items()
+    }
+
+
 def its_own(model: nn.Module) -> Any:
     """The attachment of the method that is tested, whatever it stands on."""
     return pefttutor.attached(model)["default"]
@@ -484,7 +495,7 @@ def _mean_gate(w: Mapping[str, Tensor], x: Tensor, batch: Mapping[str, Tensor], 
     mask = batch.get("attention_mask")
     if method.gate == "text":
         mask = mask if mask is not None and mask.shape == g.shape else torch.ones_like(g)
-        g = torch.stack([row[real.bool()].mean().expand(len(row)) for row, real in zip(g, mask, strict=True)])
+        g = torch.stack([row[real.bool()].mean().expand_as(row) for row, real in zip(g, mask, strict=True)])
     return g[..., None]
 
 
@@ -1111,6 +1122,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         name: {_NOT_LINEAR: ("ResNet",)}
         for name in (
             "AdaLoRA",
+            "AdaMix",
             "Adapter",
             "AdapterBias",
             "AdapterFusion",

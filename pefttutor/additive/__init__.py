@@ -2,6 +2,7 @@
 
 from pefttutor.additive.input.prompt import PromptTuning
 from pefttutor.additive.input.ptuning import PTuning
+from pefttutor.additive.inside.adamix import AdaMix
 from pefttutor.additive.inside.adapter import Adapter
 from pefttutor.additive.inside.adapter_bias import AdapterBias
 from pefttutor.additive.inside.compacter import Compacter
@@ -17,6 +18,7 @@ __all__ = [
     "IA3",
     "PASTA",
     "SSF",
+    "AdaMix",
     "Adapter",
     "AdapterBias",
     "AdapterFusion",

@@ -62,8 +62,8 @@ class UniPELT:
     A mean over a text would show a model that writes, token after token, what comes later. So such a model takes
     gate="token", and no prefix, whose keys are the same for all tokens. Padding is left out of the mean, which the
     authors' code counts in. Each gate reads what its change reads, the prefix's what the attention reads. At the start
-    the gates are half open, adapters and LoRA add nothing, and a prefix isn't the identity, whatever its gate: with
-    g = 0 its keys and values are zeros and still take their share of the attention.
+    the gates are about half open, adapters and LoRA add nothing, and a prefix isn't the identity, whatever its gate:
+    with g = 0 its keys and values are zeros and still take their share of the attention.
 
     Shapes: A (r, in), B (out, r), W_d (m, d), W_u (d, m), prefix as in `PrefixTuning`; each gate w (in or d), b (1).
     Cost: it trains r·(in + out) + in + 1 values a layer of LoRA, 2·m·d + m + 2·d + 1 an adapter, the prefix's, and

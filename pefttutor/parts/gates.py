@@ -7,6 +7,7 @@ A layer's gate lies beside what it weighs, as a weight w (d) and a bias b (1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -28,9 +29,11 @@ __all__ = ["GatedBottleneck", "GatedLowRank", "PrefixGate", "PrefixGates", "Toke
 
 
 def drawn_gate(key: str, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """w normal with 0.02, and b zero, so that a gate starts half open. Shapes: → (d), (1)."""
-    weight = torch.empty(width, device="cpu").normal_(0, 0.02, generator=generator)
-    return {f"{key}_gate_weight": nn.Parameter(weight), f"{key}_gate_bias": nn.Parameter(torch.zeros(1))}
+    """w normal with 0.02, and b within ± 1/√d, so that a gate starts about half open. Shapes: → (d), (1)."""
+    weight, bias = torch.empty(width, device="cpu"), torch.empty(1, device="cpu")
+    weight.normal_(0, 0.02, generator=generator)
+    bias.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+    return {f"{key}_gate_weight": nn.Parameter(weight), f"{key}_gate_bias": nn.Parameter(bias)}
 
 
 @dataclass(eq=False)
@@ -55,7 +58,7 @@ class Tokens:
         if self.alone or x.dim() < 3:
             return g
         if self.mask is None or self.mask.shape != x.shape[:-1]:
-            return g.mean(-2, keepdim=True)
+            return g.mean(tuple(range(1, g.dim() - 1)), keepdim=True)  # of a picture, over all its places
         real = self.mask.to(g)[..., None]
         return (g * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp(min=1)
 

@@ -124,7 +124,7 @@ def main() -> None:
     }
     prefix = PrefixTuningConfig(prefix_length=PREFIX, bottleneck_size=5)
     configs["mam"] = MAMConfig(prefix, ParBnConfig(scaling=4.0, **size))
-    configs["unipelt"] = UniPELTConfig(prefix, plain, LoRAConfig(r=2, alpha=2))
+    configs["unipelt"] = UniPELTConfig(prefix, plain.replace(non_linearity="gelu"), LoRAConfig(r=2, alpha=2))
     for name, (n, r) in PRODUCTS.items():
         products = {"phm_dim": n, "phm_rank": r, "reduction_factor": 2, "non_linearity": "gelu"}
         kind = CompacterConfig if name == "compacter" else CompacterPlusPlusConfig
