@@ -196,6 +196,21 @@ def of_adamix(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     }
 
 
+def of_sparse_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """As many weights as the share says, in whatever matrices they are, and all biases."""
+    model = attached_to("SparseAdapter", kind)
+    found = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    dense = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
+    dense = {n.replace("adapter", "sparse"): size for n, size in dense.items() if f".{ENDS[kind][-1]}." in n}
+    biases = {n: size for n, size in dense.items() if n.endswith("bias")}
+    kept = {n: size for n, size in found.items() if n.endswith("_kept")}
+    assert {n.removesuffix("_kept") for n in kept} == dense.keys() - biases.keys()
+    assert sum(kept.values()) == int(
+        method.fraction * sum(dense.values()) - method.fraction * sum(biases.values())
+    )
+    return kept | biases
+
+
 def of_adapter_bias(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     """w and v of the layer that ends each feed-forward, and b where that has a bias."""
     biased = {n.removesuffix(".bias") for n, _ in base.named_parameters() if n.endswith(".bias")}
@@ -494,6 +509,13 @@ CASES = {
         lambda kind, base, _: sum(-(-size // 3) for size in list(sizes(base).values())[::3]),
         every_third,
     ),
+    "SparseAdapter": Case(
+        lambda kind: pt.SparseAdapter(
+            bottleneck=6, fraction=0.4, score="snip", init_std=0.3, target_modules=ENDS[kind] if kind == "net" else None
+        ),
+        of_sparse_adapter,
+        examples,
+    ),
     "UniPELT": Case(unipelt, of_unipelt),
     "VeRA": Case(lambda kind: pt.VeRA(r=5, target_modules=TARGETS[kind]), of_vera),
 }  # fmt: skip
@@ -541,6 +563,7 @@ CANNOT = {
     ("PromptTuning", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
     ("PromptTuning", "net"): r"before a text's tokens, and a Net has none that it tells of",
     ("PromptTuning", "merge"): r"can't be merged",
+    ("SparseAdapter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     ("UniPELT", "merge"): r"can't be merged: (a gate depends|a bottleneck adapter has|it changes what)",
     ("ProxyTuning", "bert"): r"steers what a causal language model writes next, and a BertForS\w+ isn't one",
     ("ProxyTuning", "t5"): r"steers what .*, and a T5ForConditionalGeneration has an encoder",
@@ -551,6 +574,7 @@ CANNOT = {
 STARTS_OTHERWISE = {
     "Masking": "it prunes init_sparsity of the weights at once",
     "Compacter": "its adapters start near zero, and not at it",
+    "SparseAdapter": "its adapters start near zero, and not at it",
     "AdapterFusion": "it starts as a mean of what the adapters have learned",
     "ProxyTuning": "it steers at once",
 }

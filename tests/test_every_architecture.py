@@ -40,7 +40,7 @@ LIKE_LORA = (
     "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
-IN_HOOKS = ("adamix_", "adapter_", "adaption_", "compacter_", "fusion_")
+IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_")
 GATES = ("lora_gate_", "prefix_gate_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {"lora_B", "lora_E", "lora_gate", "lora_magnitude_vector", "lora_update_ratio", *USED}
@@ -71,6 +71,11 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
             kind(bottleneck=3, scaling=2.0, target_modules=_where_not_found(model, scaled))
         ),
         "AdaMix": lambda: SetUp(kind(bottleneck=3, target_modules=_where_not_found(model, scaled))),
+        "SparseAdapter": lambda: SetUp(
+            kind(
+                bottleneck=6, fraction=0.4, score="magnitude", target_modules=_where_not_found(model, scaled)
+            )
+        ),
         "AdapterFusion": lambda: SetUp(
             kind(adapters=("a", "b")),
             before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
@@ -312,7 +317,12 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors, prompt, prefix = {}, {}, None, None
-        adapters = _by_layer(leaves, "adapter_") | _of_products(leaves) | _of_experts(leaves)
+        adapters = (
+            _by_layer(leaves, "adapter_")
+            | _of_products(leaves)
+            | _of_experts(leaves)
+            | _of_cut(leaves, saved)
+        )
         fusions = _by_layer(leaves, "fusion_")
         prompts = _by_layer(leaves, "adaption_")
         fused = [
@@ -384,18 +394,9 @@ class ByHand:
                 prefix = leaf
             elif key.startswith("ptuning_"):
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
-            elif not key.startswith(
-                (
-                    "adapter_",
-                    "adapterbias_",
-                    "adaption_",
-                    "compacter_",
-                    "fusion_",
-                    "ssf_shift",
-                    "lora_gate_",
-                    "prefix_gate_",
-                )
-            ) and (key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")):
+            elif not key.startswith((*IN_HOOKS, *GATES, "adapterbias_", "ssf_shift")) and (
+                key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")
+            ):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
         return cls(leaves, made, vectors, adapters, fusions, fused, prompts, prompt, prefix)
 
@@ -428,6 +429,18 @@ def _of_experts(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         path: {key: t if t.dim() == shared[key] else sum(t) / len(t) for key, t in w.items()}
         for path, w in _by_layer(leaves, "adamix_").items()
     }
+
+
+def _of_cut(leaves: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The projections of adapters of which some weights are kept, put into zeros."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, w in _by_layer(leaves, "sparse_").items():
+        m, d = len(w["down_bias"]), len(w["up_bias"])
+        for which, shape in (("down", (m, d)), ("up", (d, m))):
+            place = saved[f"{path}.sparse_{which}_place"]
+            dense = torch.zeros(m * d).scatter(0, place, w[f"{which}_kept"]).view(shape)
+            found.setdefault(path, {}).update({which: dense, f"{which}_bias": w[f"{which}_bias"]})
+    return found
 
 
 def its_own(model: nn.Module) -> Any:
@@ -1131,6 +1144,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "IA3",
             "LoRA",
             "ReLoRA",
+            "SparseAdapter",
             *LIKE_LORA,
         )
     },

@@ -11,6 +11,7 @@ from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.llama_adapter import LLaMAAdapter
 from pefttutor.additive.inside.pasta import PASTA
 from pefttutor.additive.inside.prefix import PrefixTuning
+from pefttutor.additive.inside.sparse_adapter import SparseAdapter
 from pefttutor.additive.inside.ssf import SSF
 from pefttutor.additive.output.proxy import ProxyTuning
 
@@ -28,4 +29,5 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "ProxyTuning",
+    "SparseAdapter",
 ]
