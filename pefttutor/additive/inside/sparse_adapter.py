@@ -95,6 +95,7 @@ class SparseAdapter:
         check_whole(self, "init_seed", least=0)
         check_names(self, "target_modules", "modules_to_save")
 
+    @torch.inference_mode(mode=False)  # what is drawn could never be trained
     def attach(
         self, model: nn.Module, examples: Sequence[Any] | None = None, *, name: str = DEFAULT, **how: Any
     ) -> nn.Module:
@@ -112,6 +113,7 @@ class SparseAdapter:
         }
         return self._attached(model, drawn, chosen, name)
 
+    @torch.inference_mode(mode=False)
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], *, name: str = DEFAULT) -> nn.Module:
         """Attach with the places that a file's tensors say were kept.
 
