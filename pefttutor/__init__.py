@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pefttutor.additive import *  # noqa: F403
     from pefttutor.catalog import methods as methods
     from pefttutor.diagnosis import diagnose as diagnose
+    from pefttutor.hybrid import *  # noqa: F403
     from pefttutor.lowrank import *  # noqa: F403
     from pefttutor.method import adapted as adapted
     from pefttutor.method import attached as attached

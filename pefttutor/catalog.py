@@ -6,7 +6,8 @@ import importlib
 
 __all__ = ["FAMILIES", "methods"]
 
-FAMILIES = ("additive", "lowrank", "selective")  # the chapter's taxonomy: 4.2, 4.4 and 4.3
+# The chapter's taxonomy, 4.2, 4.4 and 4.3, and what mixes them.
+FAMILIES = ("additive", "lowrank", "selective", "hybrid")
 
 
 def methods() -> dict[str, type]:

@@ -13,6 +13,7 @@ model is an attachment with a name, so that several methods can stand side by si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "Attachment",
     "Counts",
     "Method",
+    "Restores",
     "Trains",
     "adapted",
     "attached",
@@ -83,6 +85,13 @@ class Counts(Protocol):
 
     def count(self, model: nn.Module) -> int:
         """Trained parameters by the closed formula, without attaching."""
+
+
+class Restores(Protocol):
+    """What saving asks of a method that has chosen by data among what it adds."""
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], *, name: str = DEFAULT) -> nn.Module:
+        """Attach, with the choice that a file's tensors tell of; these are then copied in."""
 
 
 # ---- what a model carries

@@ -202,14 +202,35 @@ def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
+def of_adamix(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """At the end of each feed-forward the down-projections of all experts, and one up-projection."""
+    ends = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
+    return {
+        n.replace("adapter_", "adamix_"): size * (method.experts if "_down" in n else 1)
+        for n, size in ends.items()
+        if f".{ENDS[kind][-1]}." in n
+    }
+
+
+def of_sparse_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """As many weights as the share says, in whatever matrices they are, and all biases."""
+    model = attached_to("SparseAdapter", kind)
+    found = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    dense = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
+    dense = {n.replace("adapter", "sparse"): size for n, size in dense.items() if f".{ENDS[kind][-1]}." in n}
+    biases = {n: size for n, size in dense.items() if n.endswith("bias")}
+    kept = {n: size for n, size in found.items() if n.endswith("_kept")}
+    assert {n.removesuffix("_kept") for n in kept} == dense.keys() - biases.keys()
+    assert sum(kept.values()) == int(
+        method.fraction * sum(dense.values()) - method.fraction * sum(biases.values())
+    )
+    return kept | biases
+
+
 def of_adapter_bias(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     """w and v of the layer that ends each feed-forward, and b where that has a bias."""
     biased = {n.removesuffix(".bias") for n, _ in base.named_parameters() if n.endswith(".bias")}
-    ends = {
-        n: shape
-        for n, shape in layers(base, ENDS[kind][-1:]).items()
-        if "attention" not in n and "attn" not in n
-    }
+    ends = {n: shape for n, shape in layers(base, ENDS[kind][-1:]).items() if is_feed_forward(n)}
     return {
         f"{n}.adapterbias_{key}": size
         for n, (i, o) in ends.items()
@@ -238,6 +259,34 @@ def of_compacter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
                 for key, size in (("S", method.r * rows), ("T", method.r * columns), ("bias", columns))
             }
     return found
+
+
+def of_mam(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """A prefix, and an adapter at the end of each feed-forward."""
+    prefix = {f"{PREFIXED[kind][0]}.prefix": 3 * 4 * PREFIXED[kind][1]}
+    ends = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
+    return prefix | {n: size for n, size in ends.items() if f".{ENDS[kind][-1]}." in n}
+
+
+def of_unipelt(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """The adapter of each feed-forward's end and LoRA, with a gate each; and a BERT's prefix, with two more."""
+    ends = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
+    found = {n: size for n, size in ends.items() if f".{ENDS[kind][-1]}." in n}
+    for name in [n for n in found if n.endswith("adapter_up_bias")]:
+        gate = name.replace("up_bias", "gate")
+        found |= {f"{gate}_weight": found[name], f"{gate}_bias": 1}
+    for name, (i, o) in layers(base, method.lora_modules).items():
+        found |= {f"{name}.lora_{x}": method.r * size for x, size in (("A", i), ("B", o))}
+        found |= {f"{name}.lora_gate_weight": i, f"{name}.lora_gate_bias": 1}
+    if method.num_virtual_tokens:
+        found[f"{PREFIXED[kind][0]}.prefix"] = 3 * 4 * PREFIXED[kind][1]
+        gates = {f"{BLOCKS[kind]}.{i}.attention.self.prefix_gate" for i in (0, 1)}
+        found |= {f"{gate}_{key}": size for gate in gates for key, size in (("weight", 24), ("bias", 1))}
+    return found
+
+
+def is_feed_forward(name: str) -> bool:
+    return "attention" not in name and "attn" not in name
 
 
 def of_fusion(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
@@ -392,9 +441,20 @@ def adapter(kind: str) -> Any:
     return pt.Adapter(bottleneck=3, scaling=2.0, target_modules=ENDS[kind] if kind == "net" else None)
 
 
+def unipelt(kind: str) -> Any:
+    """A prefix for BERT; what writes has gates for each token, and none."""
+    lora, ends = (("up",), ("down",)) if kind == "net" else (TARGETS[kind], None)
+    how = {"bottleneck": 3, "activation": "gelu", "adapter_modules": ends, "r": 2, "lora_modules": lora}
+    gate = "token" if kind in WRITERS else "text"
+    return pt.UniPELT(num_virtual_tokens=3 * (kind == "bert"), gate=gate, **how)
+
+
 CASES = {
     "AdaLoRA": Case(  # of a layer that lost all its ranks one couldn't see whether it has trained
         lambda kind: pt.AdaLoRA(init_r=2, target_r=2, total_step=2, target_modules=TARGETS[kind]), of_adalora
+    ),
+    "AdaMix": Case(
+        lambda kind: pt.AdaMix(bottleneck=3, experts=3, target_modules=ENDS[kind] if kind == "net" else None), of_adamix
     ),
     "Adapter": Case(adapter, of_adapter),
     "AdapterBias": Case(
@@ -453,6 +513,7 @@ CASES = {
     ),
     "LoRAPlus": Case(lambda kind: pt.LoRAPlus(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
     "LoTR": Case(lambda kind: pt.LoTR(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lotr),
+    "MAM": Case(lambda kind: pt.MAM(num_virtual_tokens=3, bottleneck=3, scaling=2.0, activation="gelu"), of_mam),
     "MELoRA": Case(lambda kind: pt.MELoRA(r=2, n=2, lora_alpha=3, target_modules=TARGETS[kind]), of_melora),
     "MPO": Case(lambda kind: pt.MPO(bond_dim=2, target_modules=TARGETS[kind]), of_mpo),
     "Masking": Case(lambda kind: pt.Masking(target_modules=MASKED[kind]), of_masking),
@@ -485,12 +546,21 @@ CASES = {
         lambda kind, base, _: sum(-(-size // 3) for size in list(sizes(base).values())[::3]),
         every_third,
     ),
+    "SparseAdapter": Case(
+        lambda kind: pt.SparseAdapter(
+            bottleneck=6, fraction=0.4, score="snip", init_std=0.3, target_modules=ENDS[kind] if kind == "net" else None
+        ),
+        of_sparse_adapter,
+        examples,
+    ),
+    "UniPELT": Case(unipelt, of_unipelt),
     "VeRA": Case(lambda kind: pt.VeRA(r=5, target_modules=TARGETS[kind]), of_vera),
 }  # fmt: skip
 
 # ---- what a method can't do, and with which error it says so: by architecture, or by what is asked of it
 
 CANNOT = {
+    ("AdaMix", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     ("Adapter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     (
         "AdapterFusion",
@@ -511,6 +581,12 @@ CANNOT = {
         )
     },
     ("LLaMAAdapter", "merge"): r"can't be merged: prompts in an attention depend on the queries",
+    ("MAM", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
+    (
+        "MAM",
+        "net",
+    ): r"before a text's tokens, and a Net has none that it tells of",
+    ("MAM", "merge"): r"can't be merged",
     ("PASTA", "t5"): r"PASTA reads one text, and a T5ForConditionalGeneration has two",
     ("PASTA", "vit"): r"PASTA adds to special tokens, and a ViTForImageClassification has none",
     ("PASTA", "net"): r"PASTA adds to special tokens, and a Net has none",
@@ -524,6 +600,8 @@ CANNOT = {
     ("PromptTuning", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
     ("PromptTuning", "net"): r"before a text's tokens, and a Net has none that it tells of",
     ("PromptTuning", "merge"): r"can't be merged",
+    ("SparseAdapter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
+    ("UniPELT", "merge"): r"can't be merged: (a gate depends|a bottleneck adapter has|it changes what)",
     ("ProxyTuning", "bert"): r"steers what a causal language model writes next, and a BertForS\w+ isn't one",
     ("ProxyTuning", "t5"): r"steers what .*, and a T5ForConditionalGeneration has an encoder",
     ("ProxyTuning", "vit"): r"steers what a causal language model writes next, and a ViTFor\w+ isn't one",
@@ -532,15 +610,21 @@ CANNOT = {
 }
 STARTS_OTHERWISE = {
     "Masking": "it prunes init_sparsity of the weights at once",
-    "PTuning": "the model reads other words",
     "Compacter": "its adapters start near zero, and not at it",
+    "SparseAdapter": "its adapters start near zero, and not at it",
     "AdapterFusion": "it starts as a mean of what the adapters have learned",
-    "PrefixTuning": "the model sees other keys",
-    "PromptTuning": "the model reads other words",
     "ProxyTuning": "it steers at once",
 }
+
+
+def starts_otherwise(name: str, method: Any) -> str | None:
+    """Why a model doesn't start as its base, or None. Whatever has virtual tokens doesn't."""
+    virtual = getattr(method, "num_virtual_tokens", 0)
+    return STARTS_OTHERWISE.get(name, "the model sees other words or keys" if virtual else None)
+
+
 # Refuse a cache of fixed length.
-ITS_OWN_CACHES = ("PrefixTuning", "ProxyTuning", "PromptTuning", "PTuning")
+ITS_OWN_CACHES = ("MAM", "PrefixTuning", "ProxyTuning", "PromptTuning", "PTuning")
 TRAINS_NOTHING = (
     "ProxyTuning",
 )  # what it adds are other models, as they are: no gradient, no step and no file

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 import pefttutor
 from pefttutor.catalog import methods
-from pefttutor.parts.linear import sizes
+from pefttutor.parts.cached_attention import form_of
+from pefttutor.parts.linear import all_linear, sizes
 from pefttutor.parts.sublayers import sublayers
 from tests.architectures import ARCHITECTURES, BATCHES, FAMILIES, Architecture
-from tests.cases import CANNOT, STARTS_OTHERWISE, TRAINS_NOTHING
+from tests.cases import CANNOT, TRAINS_NOTHING, starts_otherwise
 from tests.formulas import FORMULAS, USED
 
 # ---- how a method is set up on an architecture
@@ -39,7 +40,8 @@ LIKE_LORA = (
     "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
-IN_HOOKS = ("adapter_", "adaption_", "compacter_", "fusion_")
+IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_")
+GATES = ("lora_gate_", "prefix_gate_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {
     "lora_B",
@@ -76,12 +78,24 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "Adapter": lambda: SetUp(
             kind(bottleneck=3, scaling=2.0, target_modules=_where_not_found(model, scaled))
         ),
+        "AdaMix": lambda: SetUp(kind(bottleneck=3, target_modules=_where_not_found(model, scaled))),
+        "SparseAdapter": lambda: SetUp(
+            kind(
+                bottleneck=6, fraction=0.4, score="magnitude", target_modules=_where_not_found(model, scaled)
+            )
+        ),
         "AdapterFusion": lambda: SetUp(
             kind(adapters=("a", "b")),
             before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
         ),
         "AdapterBias": lambda: SetUp(kind(target_modules=_where_not_found(model, scaled))),
         "LLaMAAdapter": lambda: SetUp(kind(adapter_len=3)),
+        "MAM": lambda: SetUp(
+            kind(
+                num_virtual_tokens=3, bottleneck=3, scaling=2.0, activation="gelu", **_beside(model, targets)
+            )
+        ),
+        "UniPELT": lambda: SetUp(_unipelt(kind, architecture, model, targets, scaled)),
         "Compacter": lambda: SetUp(
             kind(bottleneck=4, n=2, r=2, target_modules=_where_not_found(model, scaled))
         ),
@@ -137,6 +151,31 @@ def _where_not_found(model: nn.Module, scaled: tuple[str, ...]) -> tuple[str, ..
     except ValueError:
         return scaled[-1:]
     return None
+
+
+def _beside(model: nn.Module, targets: tuple[str, ...]) -> dict[str, Any]:
+    """Where parallel adapters stand and what they read, where that isn't found: beside a square layer, its input."""
+    if _where_not_found(model, targets) is None:
+        return {}
+    square = {
+        n: m for n, m in all_linear(model, set()).items() if n.endswith(targets) and len({*sizes(m)}) == 1
+    }
+    return {"adapter_modules": tuple(square), "input_modules": tuple(square)}
+
+
+def _unipelt(
+    kind: Any, architecture: Architecture, model: nn.Module, targets: tuple[str, ...], scaled: tuple[str, ...]
+) -> Any:
+    """With a prefix where the attention takes one; what writes has a gate for each token, and no prefix."""
+    ends, prefix = _where_not_found(model, scaled), 0
+    if not architecture.generates:
+        with contextlib.suppress(ValueError):
+            form_of(model, "")
+            prefix = 3
+    gate = "token" if architecture.generates else "text"
+    lora = tuple(n for n in targets if n not in (ends or ()))
+    how = {"bottleneck": 3, "activation": "gelu", "adapter_modules": ends, "r": 2, "lora_modules": lora}
+    return kind(num_virtual_tokens=prefix, gate=gate, **how)
 
 
 def _two_adapters(targets: tuple[str, ...] | None, model: nn.Module) -> None:
@@ -300,7 +339,12 @@ class ByHand:
         }
         leaves = {n: t.clone().requires_grad_() for n, t in trained.items()}
         made, vectors, prompt, prefix = {}, {}, None, None
-        adapters = _by_layer(leaves, "adapter_") | _of_products(leaves)
+        adapters = (
+            _by_layer(leaves, "adapter_")
+            | _of_products(leaves)
+            | _of_experts(leaves)
+            | _of_cut(leaves, saved)
+        )
         fusions = _by_layer(leaves, "fusion_")
         prompts = _by_layer(leaves, "adaption_")
         fused = [
@@ -315,6 +359,8 @@ class ByHand:
             turned = type(base.get_submodule(path)).__name__ in ("Conv1D", "Embedding")  # stored as (in, out)
             if name in W:
                 made.setdefault(name, leaf)  # of ReLoRA the weight with what is added to it is there already
+            elif key == "lora_A" and f"{path}.lora_gate_weight" in leaves:
+                pass  # see `_gated`
             elif key == "lora_A":
                 lambdas = leaves.get(f"{path}.lora_E", leaves.get(f"{path}.lora_gate"))
                 scaling = method.scaling
@@ -381,9 +427,9 @@ class ByHand:
                 prefix = leaf
             elif key.startswith("ptuning_"):
                 prompt = _encoded({n.rpartition(".ptuning_")[2]: leaf for n, leaf in leaves.items()})
-            elif not key.startswith(
-                ("adapter_", "adapterbias_", "adaption_", "compacter_", "fusion_", "ssf_shift")
-            ) and (key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")):
+            elif not key.startswith((*IN_HOOKS, *GATES, "adapterbias_", "ssf_shift")) and (
+                key not in IN_ANOTHERS and ending not in ("alpha", "start", "group", "norms")
+            ):
                 raise NotImplementedError(f"this test has no formula for {name}: write it here")
         return cls(leaves, made, vectors, adapters, fusions, fused, prompts, prompt, prefix)
 
@@ -407,6 +453,27 @@ def _of_products(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             total = sum(torch.kron(A, S @ T) for A, S, T in products)
             made.setdefault(path, {}).update({which: total.t(), f"{which}_bias": w[f"{which}_bias"]})
     return made
+
+
+def _of_experts(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The mean of the experts that an adapter has of a projection."""
+    shared = {"down": 2, "down_bias": 1, "up": 2, "up_bias": 1}  # how many dimensions one has
+    return {
+        path: {key: t if t.dim() == shared[key] else sum(t) / len(t) for key, t in w.items()}
+        for path, w in _by_layer(leaves, "adamix_").items()
+    }
+
+
+def _of_cut(leaves: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The projections of adapters of which some weights are kept, put into zeros."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, w in _by_layer(leaves, "sparse_").items():
+        m, d = len(w["down_bias"]), len(w["up_bias"])
+        for which, shape in (("down", (m, d)), ("up", (d, m))):
+            place = saved[f"{path}.sparse_{which}_place"]
+            dense = torch.zeros(m * d).scatter(0, place, w[f"{which}_kept"]).view(shape)
+            found.setdefault(path, {}).update({which: dense, f"{which}_bias": w[f"{which}_bias"]})
+    return found
 
 
 def its_own(model: nn.Module) -> Any:
@@ -436,15 +503,59 @@ def _special(base: nn.Module, vectors: Mapping[str, Tensor], batch: Any, method:
 
 
 @contextlib.contextmanager
-def _adapters(base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], method: Any) -> Iterator[None]:
+def _adapters(
+    base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], method: Any, batch: Any
+) -> Iterator[None]:
     """Adapters by hand: what a layer gives, and s times two matrices with GELU between them applied to it."""
 
-    def add(w: Mapping[str, Tensor], layer: nn.Module, args: Any, h: Tensor) -> Tensor:
-        return h + getattr(method, "scaling", 1.0) * _branch(w, h)
+    read: dict[str, Tensor] = {}
+    beside = isinstance(method, pefttutor.MAM)  # the feed-forward: it reads what that reads
+    starts = {s.end: s.start for s in sublayers(base)} if beside and method.adapter_modules is None else {}
+
+    def note(path: str, layer: nn.Module, args: Any) -> None:
+        read[path] = args[0]
+
+    def add(path: str, layer: nn.Module, args: Any, h: Tensor) -> Tensor:
+        w, x = adapters[path], read.get(path, h)
+        g = _mean_gate(w, x, batch, method) if "gate_weight" in w else getattr(method, "scaling", 1.0)
+        return h + g * _branch(w, x)
 
     handles = [
-        base.get_submodule(path).register_forward_hook(functools.partial(add, weights))
-        for path, weights in adapters.items()
+        base.get_submodule(path).register_forward_hook(functools.partial(add, path)) for path in adapters
+    ]
+    if beside:
+        handles += [
+            base.get_submodule(starts.get(path, path)).register_forward_pre_hook(
+                functools.partial(note, path)
+            )
+            for path in adapters
+        ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _mean_gate(w: Mapping[str, Tensor], x: Tensor, batch: Mapping[str, Tensor], method: Any) -> Tensor:
+    """σ(w · x + b), and its mean over a text's real tokens, text by text."""
+    g = (x @ w["gate_weight"] + w["gate_bias"]).sigmoid()
+    mask = batch.get("attention_mask")
+    if method.gate == "text":
+        mask = mask if mask is not None and mask.shape == g.shape else torch.ones_like(g)
+        g = torch.stack([row[real.bool()].mean().expand_as(row) for row, real in zip(g, mask, strict=True)])
+    return g[..., None]
+
+
+@contextlib.contextmanager
+def _gated(base: nn.Module, leaves: Mapping[str, Tensor], batch: Any, method: Any) -> Iterator[None]:
+    """LoRA with a gate in the place of its scaling by hand."""
+
+    def add(w: Mapping[str, Tensor], layer: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return y + _mean_gate(w, args[0], batch, method) * (args[0] @ w["A"].t() @ w["B"].t())
+
+    changed = {path: w for path, w in _by_layer(leaves, "lora_").items() if "gate_weight" in w}
+    handles = [
+        base.get_submodule(path).register_forward_hook(functools.partial(add, w))
+        for path, w in changed.items()
     ]
     yield
     for handle in handles:
@@ -588,8 +699,14 @@ def _prompted(base: Any, prompt: Tensor, inputs: dict[str, Any]) -> Iterator[dic
 
 
 @contextlib.contextmanager
-def _prefixed(base: Any, prefix: Tensor, batch: Mapping[str, Any]) -> Iterator[None]:
-    """A prefix by hand: the body goes on from a cache that holds it, as if its words had been read before."""
+def _prefixed(
+    base: Any, prefix: Tensor, batch: Mapping[str, Any], gates: Mapping[str, Any], method: Any
+) -> Iterator[None]:
+    """A prefix by hand: the body goes on from a cache that holds it, as if its words had been read before.
+
+    gates: what weighs it, by the attentions' names in their order; written into the cache when its layer is reached.
+    """
+    reached: list[Any] = []
     both = base.config.is_encoder_decoder
     body, config = base.get_decoder() if both else base.base_model, base.config.get_text_config(decoder=True)
     body = getattr(body, "decoder", body)  # OPT's
@@ -611,11 +728,20 @@ def _prefixed(base: Any, prefix: Tensor, batch: Mapping[str, Any]) -> Iterator[N
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], 1)
+        reached[:] = filled.layers
         return args, kwargs | {name: hf.EncoderDecoderCache(filled, hf.DynamicCache()) if both else filled}
 
-    handle = body.register_forward_pre_hook(go_on, with_kwargs=True)
+    def weigh(w: Mapping[str, Tensor], layer: int, module: Any, args: Any, kwargs: Any) -> None:
+        g = _mean_gate(w, args[0] if args else kwargs["hidden_states"], batch, method)[:, :1, :, None]
+        reached[layer].keys, reached[layer].values = reached[layer].keys * g, reached[layer].values * g
+
+    handles = [body.register_forward_pre_hook(go_on, with_kwargs=True)]
+    for layer, (path, w) in enumerate(p for p in gates.items() if "gate_weight" in p[1]):
+        hook = functools.partial(weigh, w, layer)
+        handles.append(base.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     yield
-    handle.remove()
+    for handle in handles:
+        handle.remove()
 
 
 def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -627,13 +753,15 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
     method = its_own(model).method
     with contextlib.ExitStack() as stack:
         stack.enter_context(_special(base, by_hand.vectors, batch, method))
-        stack.enter_context(_adapters(base, by_hand.adapters, method))
+        stack.enter_context(_adapters(base, by_hand.adapters, method, batch))
+        stack.enter_context(_gated(base, by_hand.leaves, batch, method))
         stack.enter_context(_with_prompts(base, by_hand.prompts))
         stack.enter_context(_fusions(base, by_hand.fusions, by_hand.fused))
         if by_hand.prompt is not None:
             inputs = stack.enter_context(_prompted(base, by_hand.prompt, inputs))
         if by_hand.prefix is not None:
-            stack.enter_context(_prefixed(base, by_hand.prefix, batch))
+            gates = _by_layer(by_hand.leaves, "prefix_")
+            stack.enter_context(_prefixed(base, by_hand.prefix, batch, gates, method))
         loss = torch.func.functional_call(base, by_hand.weights, args=(), kwargs=inputs).loss
     leaves = by_hand.leaves
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -736,8 +864,8 @@ def _note(cell: Cell, name: str, check: Callable[[], None]) -> None:
 
 
 def check_start(cell: Cell, model: Any) -> None:
-    if cell.method in STARTS_OTHERWISE:
-        raise NotApplicable(STARTS_OTHERWISE[cell.method])
+    if why := starts_otherwise(cell.method, its_own(model).method):
+        raise NotApplicable(why)
     base, batch = cell.kind.build(), cell.batch()
     for key, value in said(base, batch).items():
         assert torch.allclose(value, said(model, batch)[key], atol=1e-6, equal_nan=True), (
@@ -994,6 +1122,22 @@ _NO_TEXT = {
     r"before a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),
     r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
 }
+_NO_PREFIX = {
+    r"keys and values, and a \w+ takes no cache of these.*PromptTuning puts": (
+        "DistilBERT",
+        "ALBERT",
+        "DeBERTa-v2",
+        "MPNet",
+        "ModernBERT",
+    ),
+    r"of one shape in every layer, and of the 2 layers of a \w+ [01] give some.*PromptTuning puts": (
+        "Mamba",
+        "Mamba2",
+        "Bamba",
+        "Jamba",
+    ),
+    **_NO_TEXT,
+}
 
 # By method: the message's pattern, and for which architectures.
 REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -1005,21 +1149,11 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
     },
     **{name: _NO_TEXT for name in ("PTuning", "PromptTuning")},
-    "PrefixTuning": {
-        r"keys and values, and a \w+ takes no cache of these.*PromptTuning puts": (
-            "DistilBERT",
-            "ALBERT",
-            "DeBERTa-v2",
-            "MPNet",
-            "ModernBERT",
-        ),
-        r"of one shape in every layer, and of the 2 layers of a \w+ [01] give some.*PromptTuning puts": (
-            "Mamba",
-            "Mamba2",
-            "Bamba",
-            "Jamba",
-        ),
-        **_NO_TEXT,
+    **{name: _NO_PREFIX for name in ("MAM", "PrefixTuning")},
+    "UniPELT": {
+        _NOT_LINEAR: ("ResNet",),
+        r"means over a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),
+        r"take \(batch, seq, d\); those of a \w+ get .* can't be said which token is which": ("XLNet",),
     },
     "LLaMAAdapter": {
         r"linear layers q_proj, k_proj, v_proj, o_proj, .* in a \w+ there is none. PrefixTuning puts": _OTHER_NAMES,
@@ -1034,6 +1168,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         name: {_NOT_LINEAR: ("ResNet",)}
         for name in (
             "AdaLoRA",
+            "AdaMix",
             "Adapter",
             "AdapterBias",
             "AdapterFusion",
@@ -1046,6 +1181,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "LoRAHub",
             "MPO",
             "ReLoRA",
+            "SparseAdapter",
             *LIKE_LORA,
         )
     },

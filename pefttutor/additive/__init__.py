@@ -2,6 +2,7 @@
 
 from pefttutor.additive.input.prompt import PromptTuning
 from pefttutor.additive.input.ptuning import PTuning
+from pefttutor.additive.inside.adamix import AdaMix
 from pefttutor.additive.inside.adapter import Adapter
 from pefttutor.additive.inside.adapter_bias import AdapterBias
 from pefttutor.additive.inside.compacter import Compacter
@@ -10,6 +11,7 @@ from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.llama_adapter import LLaMAAdapter
 from pefttutor.additive.inside.pasta import PASTA
 from pefttutor.additive.inside.prefix import PrefixTuning
+from pefttutor.additive.inside.sparse_adapter import SparseAdapter
 from pefttutor.additive.inside.ssf import SSF
 from pefttutor.additive.output.proxy import ProxyTuning
 
@@ -17,6 +19,7 @@ __all__ = [
     "IA3",
     "PASTA",
     "SSF",
+    "AdaMix",
     "Adapter",
     "AdapterBias",
     "AdapterFusion",
@@ -26,4 +29,5 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "ProxyTuning",
+    "SparseAdapter",
 ]

@@ -15,6 +15,7 @@ from pefttutor.memory.step import Step
 from pefttutor.memory.tape import Tape
 from pefttutor.memory.weights import prepared, weight_bytes
 from pefttutor.method import attached
+from pefttutor.parts.gates import PrefixGates
 from pefttutor.parts.network import Made
 from pefttutor.train.losses import causal_lm_loss
 
@@ -131,7 +132,8 @@ def _walked(tape: Tape, model: Any, step: Step) -> Paper:
     # Virtual tokens lengthen a text inside of the body, and the head sees the text alone.
     longer = step.sequence_length + sum(part.lengthens() for part in tape.parts)
     inside = replace(step, sequence_length=longer, prefix=sum(part.precedes() for part in tape.parts))
-    tape.met.update(p for part in tape.parts if part.precedes() for p in part.trained())
+    in_attention = [part for part in tape.parts if part.precedes() or isinstance(part, PrefixGates)]
+    tape.met.update(p for part in in_attention for p in part.trained())
     for part in [part for part in tape.parts if isinstance(part, Made) and part.on]:
         run_alone(tape, Making(part), Paper(1, 1, FLOAT, False), "embeddings")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from pefttutor.parts.prefix_cache import empty, real_one, with_prefix
 from pefttutor.parts.streams import CACHES, MADE_FOR_A_CACHE, Hooked, named_arguments, seen_before
 
 __all__ = ["Prefix", "prefixed"]
+
+Gate = Callable[[], Tensor]  # → (batch)
 
 
 class Prefix(Made):
@@ -32,14 +34,21 @@ class Prefix(Made):
 
 
 def prefixed(
-    model: Any, form: Form, count: int, maker: Maker, tensors: Mapping[str, Tensor], note: str
+    model: Any,
+    form: Form,
+    count: int,
+    maker: Maker,
+    tensors: Mapping[str, Tensor],
+    note: str,
+    gates: Mapping[int, Gate] | None = None,
 ) -> list[Any]:
     """The parts that put so many keys and values before those of each text.
 
     maker: makes (count, form.width) of `tensors`: for each layer in turn a key and a value, head by head.
     note: what a cache that was filled with them is marked with, which no other attachment uses.
+    gates: by a layer's index what its keys and values are multiplied with, for each text.
     """
-    stream = _Stream(count, maker, note, form.layers, form.shape)
+    stream = _Stream(count, maker, note, form.layers, form.shape, {} if gates is None else gates)
     added = Prefix([(form.body, form.path, key, tensor) for key, tensor in tensors.items()], maker, count)
     before = [(form.body, stream.enter), *((module, stream.attend) for module in form.attention)]
     return [added, Hooked(before, after=[(form.body, stream.leave)])]
@@ -58,6 +67,7 @@ class _Stream:
     note: str
     layers: tuple[int, ...]
     shape: tuple[int, int]
+    gates: Mapping[int, Gate]
     body: Any = field(default=None, repr=False)
     real: Any = field(default=None, repr=False)
     made: Tensor | None = field(default=None, repr=False)
@@ -117,6 +127,8 @@ class _Stream:
     def _before(self, made: Tensor, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         each = made.view(self.count, len(self.layers), 2, *self.shape)[:, self.layers.index(index)]
         rows = each.permute(1, 2, 0, 3).to(keys.dtype).unsqueeze(1).expand(-1, len(keys), -1, -1, -1)
+        if index in self.gates:
+            rows = rows * self.gates[index]().to(keys.dtype).view(-1, 1, 1, 1)
         return torch.cat([rows[0], keys], 2), torch.cat([rows[1], values], 2)
 
     def attend(

@@ -33,8 +33,10 @@ class Sublayer:
     last: bool
 
 
-def sublayers(model: nn.Module) -> list[Sublayer]:
+def sublayers(model: nn.Module, field: str = "target_modules") -> list[Sublayer]:
     """The sublayers of all blocks that a text or a picture reaches, in the order of the calls.
+
+    field: where the layers may be named instead.
 
     Cost: a forward and a backward pass of three tokens, or of one picture.
     Raises: ValueError for a model that can't be tried, and for blocks with less than two sublayers, or with one that
@@ -42,7 +44,7 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     """
     lists = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     layers = {n: m for n, m in all_linear(model, set()).items() if n.startswith(tuple(lists))}
-    calls, past = _trial(model, layers, lists)
+    calls, past = _trial(model, layers, lists, field)
     ends = list(dict.fromkeys(name for name, reaches in calls if reaches))
     block_of = {name: _block(name, ends, lists) for name in ends}
     called = {name for name, _ in calls}
@@ -57,15 +59,15 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     if found:
         raise ValueError(
             "an adapter's places are found where every block has two sublayers or more, each with a linear layer at "
-            f"its end, and in this {type(model).__name__} {found}: {_way_out(model)}"
+            f"its end, and in this {type(model).__name__} {found}: {_way_out(model, field)}"
         )
     last = {block: name for name, block in block_of.items()}
     return [Sublayer(name, _start(name, calls, block_of), last[block_of[name]] == name) for name in ends]
 
 
-def _way_out(model: nn.Module) -> str:
+def _way_out(model: nn.Module, field: str) -> str:
     names = dict.fromkeys(name.rpartition(".")[2] for name in all_linear(model, set()))
-    return f"name in target_modules the layers whose output is to be adapted. It has: {', '.join(names) or 'none'}."
+    return f"name in {field} the layers whose output is to be adapted. It has: {', '.join(names) or 'none'}."
 
 
 def _start(end: str, calls: list[tuple[str, bool]], block_of: dict[str, str]) -> str:
@@ -91,7 +93,7 @@ def _block(name: str, ends: list[str], lists: set[str]) -> str:
 
 
 def _trial(
-    model: nn.Module, layers: dict[str, nn.Module], lists: set[str]
+    model: nn.Module, layers: dict[str, nn.Module], lists: set[str], field: str
 ) -> tuple[list[tuple[str, bool]], list[str]]:
     """Each call of a layer, and whether its output reaches the model's past all others; weights that do so too."""
     calls: list[tuple[str, Tensor]] = []
@@ -126,7 +128,7 @@ def _trial(
     except Exception as error:  # whatever a model raises here means: it can't be tried in this way
         raise ValueError(
             f"an adapter's places are found in a trial, and a {type(model).__name__} can't be tried "
-            f"({type(error).__name__}: {error}): {_way_out(model)}"
+            f"({type(error).__name__}: {error}): {_way_out(model, field)}"
         ) from error
     finally:
         for handle in handles:

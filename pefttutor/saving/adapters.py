@@ -137,7 +137,9 @@ def _check_read(model: nn.Module, attachment: Attachment, about: dict[str, Any],
 def _attach(model: nn.Module, method: Any, tensors: dict[str, Tensor], name: str) -> None:
     """Attach the method; one that has chosen entries gets those that were chosen."""
     chosen = saved_choice(tensors)
-    if chosen:
+    if hasattr(method, "restore"):  # it has chosen among what it adds
+        method.restore(model, tensors, name=name)
+    elif chosen:
         train_entries(model, method, chosen, method.modules_to_save, name=name)
     else:
         method.attach(model, name=name)

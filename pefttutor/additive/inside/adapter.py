@@ -15,13 +15,17 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.adapter_places import adapter_places, check_narrow, sublayer_ends
-from pefttutor.parts.bottleneck import ACTIVATIONS, Bottleneck, Noted, draw_projections, width_of
+from pefttutor.parts.adapter_places import (
+    Places,
+    adapter_places,
+    add_bottlenecks,
+    check_narrow,
+    parallel_places,
+)
+from pefttutor.parts.bottleneck import ACTIVATIONS, width_of
 from pefttutor.parts.freezing import fully_trained, train_fully
-from pefttutor.parts.modules import linear_targets
 from pefttutor.parts.norms import norm_parameters
 from pefttutor.parts.settings import check_choice, check_names, check_number, check_whole
-from pefttutor.parts.streams import Hooked
 
 __all__ = ["Adapter"]
 
@@ -105,22 +109,8 @@ class Adapter:
         with attaching(model, self, name) as new:
             generator = torch.Generator().manual_seed(self.init_seed)
             fully = train_fully(model, self._norms(model), self.modules_to_save)
-            for path, (layer, start) in self._places(model).items():
-                drawn = draw_projections(width_of(layer), self.bottleneck, generator, self.init_std)
-                source = Noted(start) if start else None
-                if source is not None:
-                    new.add(Hooked([(model.get_submodule(source.path), source.note)]))
-                new.add(
-                    Bottleneck(
-                        path,
-                        layer,
-                        name,
-                        drawn,
-                        activation=self.activation,
-                        scaling=self.scaling,
-                        source=source,
-                    )
-                )
+            how = {"activation": self.activation, "scaling": self.scaling, "std": self.init_std}
+            add_bottlenecks(new, model, self._places(model), self.bottleneck, generator, **how)
             for part in fully:
                 new.add(part)
         return model
@@ -131,29 +121,21 @@ class Adapter:
         names = {*self._norms(model), *fully_trained(model, self.modules_to_save)[0]}
         return sum(2 * m * d + m + d for d in widths) + sum(model.get_parameter(n).numel() for n in names)
 
-    def _places(self, model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
-        """The adapted layers by name, each with the name of the layer whose input is read, None for its own output."""
-        read: list[str | None]
-        if self.placement != "parallel":
-            layers = adapter_places(model, self.placement, self.target_modules, self.modules_to_save)
-            read = [None] * len(layers)
+    def _places(self, model: nn.Module) -> Places:
+        """The adapted layers by name, without those of skipped blocks."""
+        named, saved = self.target_modules, self.modules_to_save
+        places: Places
+        if self.placement == "parallel":
+            places = parallel_places(model, named, self.input_modules, saved)
         else:
-            targets, starts = self.target_modules, self.input_modules
-            if targets is None:
-                ends = sublayer_ends(model, self.placement)
-                targets, starts = tuple(ends), tuple(ends.values())
-            layers = linear_targets(model, targets, self.modules_to_save)
-            read = list(linear_targets(model, starts or (), field="input_modules"))
-            if len(read) != len(layers):
-                raise ValueError(
-                    f"target_modules finds {len(layers)} layers and input_modules {len(read)}; expected one for each."
-                )
-        numbers = {path: _block_number(path) for path in layers}
+            layers = adapter_places(model, self.placement, named, saved)
+            places = {path: (layer, None) for path, layer in layers.items()}
+        numbers = {path: _block_number(path) for path in places}
         absent = [i for i in self.skip_blocks if i not in numbers.values()]
         if absent:
             there = sorted({i for i in numbers.values() if i is not None})
             raise ValueError(f"skip_blocks: no adapted layer is in a block {absent[0]}; there are {there}.")
-        places = {p: (layers[p], start) for p, start in zip(layers, read, strict=True) if self._kept(p)}
+        places = {path: place for path, place in places.items() if self._kept(path)}
         check_narrow({path: layer for path, (layer, _) in places.items()}, self.bottleneck)
         return places
 

@@ -21,7 +21,9 @@ from pefttutor.parts.attachment import added_key
 from pefttutor.parts.bottleneck import Bottleneck
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.layer_change import Compute, LayerChange
+from pefttutor.parts.network import Made
 from pefttutor.parts.settings import check_names, check_number, check_whole
+from pefttutor.parts.weight_delta import WeightDelta
 
 __all__ = ["AdapterFusion"]
 
@@ -191,6 +193,11 @@ def _check_fusable(model: nn.Module, attachment: Attachment) -> None:
     if not found:
         raise ValueError(
             f"{who} has no bottleneck adapter, and AdapterFusion chooses among these: Adapter(…)."
+        )
+    if others := [part for part in attachment.parts if isinstance(part, (WeightDelta, Made))]:
+        raise ValueError(
+            f"{who} has more than adapters, a {type(others[0]).__name__}, and AdapterFusion would leave that out: fuse "
+            "adapters alone, Adapter(…)."
         )
     if any(part.source is not None for part in found.values()):
         raise ValueError(

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.attachment import added_key
-from pefttutor.parts.cached_attention import Form, form_of, recorded
+from pefttutor.parts.cached_attention import Form, recorded
 from pefttutor.parts.freezing import fully_trained, train_fully
-from pefttutor.parts.network import Itself, Maker, Network, settle
-from pefttutor.parts.prefixes import prefixed
-from pefttutor.parts.settings import check_names, check_whole, shown
+from pefttutor.parts.network import settle
+from pefttutor.parts.prefix_settings import KEY, add_prefix, check_prefix, count_prefix
+from pefttutor.parts.settings import check_names, shown
 from pefttutor.parts.streams import longer_by, token_table
 
 __all__ = ["PrefixTuning"]
 
 BEFORE = "PrefixTuning stands before a text's"
-KEY = "prefix"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +69,7 @@ class PrefixTuning:
     init_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole(self, "num_virtual_tokens")
-        if self.encoder_hidden_size is not None:
-            check_whole(self, "encoder_hidden_size")
-        check_whole(self, "init_seed", least=0)
+        check_prefix(self)
         check_names(self, "modules_to_save")
 
     def attach(self, model: nn.Module, start: Any = None, *, name: str = DEFAULT) -> nn.Module:
@@ -89,16 +85,8 @@ class PrefixTuning:
             then as it was.
         """
         with attaching(model, self, name) as new:
-            form, table = form_of(model, BEFORE), token_table(model, BEFORE)
-            key, network = added_key(KEY, name), self._network(form, table.shape[1], name)
-            make: Itself | Network = network
-            tensors = network.drawn(table)
-            if not self.prefix_projection:
-                make, tensors = Itself(key), {key: self._drawn(form, table)}
-            if start is not None:
-                tensors = {key: self._computed(model, form, start)}
-            for part in prefixed(model, form, self.num_virtual_tokens, Maker(make), tensors, note=key):
-                new.add(part)
+            begins = partial(self._computed, model, start=start)
+            add_prefix(new, model, BEFORE, begins)
             for part in train_fully(model, (), self.modules_to_save):
                 new.add(part)
         return model
@@ -112,32 +100,14 @@ class PrefixTuning:
 
     def count(self, model: nn.Module) -> int:
         """How many values train, without attaching: the prefix, or table and MLP, and modules_to_save."""
-        form, width = form_of(model, BEFORE), token_table(model, BEFORE).shape[1]
         fully, _ = fully_trained(model, self.modules_to_save)
-        own = self.num_virtual_tokens * form.width
-        if self.prefix_projection:
-            own = self._network(form, width, DEFAULT).count()
+        own = count_prefix(model, self, BEFORE)
         return own + sum(model.get_parameter(name).numel() for name in fully)
 
-    def _network(self, form: Form, width: int, name: str) -> Network:
-        return Network(
-            key=KEY,
-            name=name,
-            kind="mlp",
-            rows=self.num_virtual_tokens,
-            width=width,
-            hidden=self.encoder_hidden_size or width,
-            out=form.width,
-            init_seed=self.init_seed,
-        )
-
-    def _drawn(self, form: Form, table: Tensor) -> nn.Parameter:
-        generator = torch.Generator().manual_seed(self.init_seed)
-        drawn = torch.randn(self.num_virtual_tokens, form.width, generator=generator)
-        return nn.Parameter(drawn.to(table.device, torch.promote_types(table.dtype, torch.float32)))
-
-    def _computed(self, model: nn.Module, form: Form, start: Any) -> nn.Parameter:
-        """The keys and values that the frozen model computes of words."""
+    def _computed(self, model: nn.Module, form: Form, start: Any) -> nn.Parameter | None:
+        """The keys and values that the frozen model computes of words; None without any."""
+        if start is None:
+            return None
         table, rows = token_table(model, BEFORE), self.num_virtual_tokens
         words = _words(start, len(table))
         kind, shape = "input_ids", torch.Size([rows])

@@ -1,4 +1,5 @@
-"""What the library `adapters` makes of tiny models with adapters, compacters and fusions, written to a small file.
+"""What the library `adapters` makes of tiny models with adapters, compacters, fusions, MAM and UniPELT, written to a
+small file.
 
 It needs an older transformers than the package, so it is run in an environment of its own, and its results are stored:
 
@@ -7,7 +8,8 @@ It needs an older transformers than the package, so it is run in an environment 
 
 The file beside this one has for each model its weights and for each case the adapters, both exact in float32, and in
 float64 the last hidden states h and the gradients of Σ h ⊙ w for w = linspace(-1, 1): those of the adapters and of the
-fusions, and with Houlsby's and Compacter those of the base's norms, which their authors train too.
+fusions, and with Houlsby's and Compacter those of the base's norms, which their authors train too. UniPELT gets no
+padding: its gates are means over all places there.
 Last written with adapters 1.3.0, transformers 4.57.6, torch 2.13.0.
 """
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 FILE = Path(__file__).with_suffix(".safetensors")
-WIDTH, BOTTLENECK = 8, 3
+WIDTH, BOTTLENECK, PREFIX = 8, 3, 2
 PRODUCTS = {"compacter": (2, 2), "compacter-plus-plus": (4, 1)}  # how many of them, and the rank of each
 SIZES = {
     "vocab_size": 12, "hidden_size": WIDTH, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -54,9 +56,9 @@ def model_of(kind: str) -> nn.Module:
     return model.double().eval()
 
 
-def value_of(model: nn.Module) -> tuple[Tensor, Tensor]:
+def value_of(model: nn.Module, mask: Tensor = MASK, **inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The last hidden states of the real tokens, and the value whose gradients are compared."""
-    hidden = model(input_ids=IDS, attention_mask=MASK).last_hidden_state[MASK.bool()]
+    hidden = model(input_ids=IDS, attention_mask=mask, **inputs).last_hidden_state[mask.bool()]
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
     return hidden, (hidden * weights).sum()
 
@@ -65,7 +67,7 @@ def is_norm(name: str) -> bool:
     return "norm" in name.lower()
 
 
-def run(kind: str, config: object, *, fused: bool, norms: bool) -> dict[str, Tensor]:
+def run(kind: str, config: object, *, fused: bool, norms: bool, mask: Tensor = MASK) -> dict[str, Tensor]:
     """One case, in the library's own names."""
     import adapters
     from adapters.composition import Fuse
@@ -86,7 +88,7 @@ def run(kind: str, config: object, *, fused: bool, norms: bool) -> dict[str, Ten
     model.double().eval()
     for name, p in model.named_parameters():
         p.requires_grad_(name in added or (norms and is_norm(name)))
-    hidden, value = value_of(model)
+    hidden, value = value_of(model, mask)
     value.backward()
     every = dict(model.named_parameters())
     return (
@@ -99,7 +101,17 @@ def run(kind: str, config: object, *, fused: bool, norms: bool) -> dict[str, Ten
 def main() -> None:
     import adapters
     import transformers
-    from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+    from adapters import (
+        CompacterConfig,
+        CompacterPlusPlusConfig,
+        DoubleSeqBnConfig,
+        LoRAConfig,
+        MAMConfig,
+        ParBnConfig,
+        PrefixTuningConfig,
+        SeqBnConfig,
+        UniPELTConfig,
+    )
     from safetensors.torch import save_file
 
     size = {"reduction_factor": WIDTH / BOTTLENECK}
@@ -110,6 +122,9 @@ def main() -> None:
         "at-norm": SeqBnConfig(non_linearity="relu", **size),
         "parallel": ParBnConfig(non_linearity="silu", scaling=4.0, **size),
     }
+    prefix = PrefixTuningConfig(prefix_length=PREFIX, bottleneck_size=5)
+    configs["mam"] = MAMConfig(prefix, ParBnConfig(scaling=4.0, **size))
+    configs["unipelt"] = UniPELTConfig(prefix, plain.replace(non_linearity="gelu"), LoRAConfig(r=2, alpha=2))
     for name, (n, r) in PRODUCTS.items():
         products = {"phm_dim": n, "phm_rank": r, "reduction_factor": 2, "non_linearity": "gelu"}
         kind = CompacterConfig if name == "compacter" else CompacterPlusPlusConfig
@@ -126,7 +141,9 @@ def main() -> None:
     cases += [(kind, name, False) for kind in CONFIGS for name in PRODUCTS]
     cases += [("bert", "pfeiffer", True), ("bert", "at-norm", True), ("llama", "pfeiffer", True)]
     for kind, name, fused in cases:
-        found = run(kind, configs[name], fused=fused, norms=name in ("houlsby", "compacter"))
+        mask = torch.ones_like(MASK) if name == "unipelt" else MASK
+        norms = name in ("houlsby", "compacter")
+        found = run(kind, configs[name], fused=fused, norms=norms, mask=mask)
         tensors |= {f"{kind}-{'fused-' * fused}{name}/{key}": value for key, value in found.items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, FILE)
     print(
