@@ -1,15 +1,15 @@
-"""The norms of the rows of a weight with a low-rank change, without ever holding a matrix as large as the weight.
+"""The norms of the rows of a weight with a low-rank change, without ever making a matrix as large as the weight.
 
     nᵢ = ‖wᵢ + s bᵢ A‖          for each row wᵢ of W (out, in) and bᵢ of B (out, r)
 
-There are two ways to it, which take the same 2·r FLOPs an entry of the weight:
+The square is expanded, so that nothing wider than r is made:
 
-- a few rows at a time, wᵢ + s bᵢ A is made, measured and dropped while it is in the processor's cache (CPU);
-- the expanded square, nᵢ² = ‖wᵢ‖² + 2 s ⟨A wᵢ, bᵢ⟩ + s² bᵢ (A Aᵀ) bᵢᵀ, makes nothing wider than r and is a handful of
-  orders (GPU).
+    nᵢ² = ‖wᵢ‖² + 2 s ⟨A wᵢ, bᵢ⟩ + s² bᵢ (A Aᵀ) bᵢᵀ
 
-With ε the dtype's rounding and S = ‖wᵢ‖ + s ‖|bᵢ| |A|‖, the first is off by at most some (r + in) ε S. The second is off
-by as much in nᵢ², times S: that is ε S² / 2nᵢ in nᵢ, and where a row's change takes the row away (nᵢ → 0) up to √ε S.
+With ε the dtype's rounding and S = ‖wᵢ‖ + s ‖|bᵢ| |A|‖ this is off by at most some (r + in) ε S² in nᵢ². In nᵢ that is
+ε S² / 2nᵢ: harmless as long as the change leaves a good part of the row, and up to √ε S, a few digits of eight, where it
+takes the row away (nᵢ → 0). On a CPU such rows are therefore made, a few at a time, and measured; then nᵢ is off by at
+most some (r + in) ε S. A GPU would have to be asked which rows these are, and isn't.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pefttutor.kernels.precision import unrounded
 
 __all__ = ["row_norms", "row_norms_reference"]
 
-ENTRIES = 1 << 16  # of the weight at a time: 256 KiB in float32, which a processor's cache holds
+LEFT = 1 / 4  # of a row's norm: below that it is made. Else S is some 9 nᵢ at most
+ENTRIES = 1 << 16  # that are made at a time: 256 KiB in float32, which a processor's cache holds
 
 
 def row_norms_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -33,17 +34,15 @@ def row_norms_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) ->
 
 
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """‖W + s B A‖ of each row, at least in float32, also under autocast.
+    """‖W + s B A‖ of each row, at least in float32, also under autocast. A row of zeros gets no gradient.
 
     >>> W, A, B = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[4.0]])
     >>> row_norms(W, A, B, scaling=0.5)                                  # of [3, 4]
     tensor([5.])
 
-    A row of zeros gets no gradient.
-
     Shapes: weight (out, in), A (r, in), B (out, r) → (out).
-    Cost: (2·r + 3)·out·in FLOPs, and beside the result 65,536 numbers, or one row where that is more; on a GPU 2·r·out.
-        Its gradient takes twice as many FLOPs and r·out numbers.
+    Cost: (2·r + 2)·out·in FLOPs and 2·r·out numbers; 65,536 numbers where rows are made; a weight in half precision is
+        converted to float32. The gradient takes twice as many.
     Source: the expanded square is published as arXiv:2603.22276.
     """
     with unrounded(weight):
@@ -52,11 +51,18 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _RowNorms(torch.autograd.Function):
-    """A and B have the dtype of the result; the weight is as it is stored, and converted as it is needed."""
+    """A and B have the dtype of the result; the weight is as it is stored."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        norms = (_expanded if threads.short_way(weight.device) else _in_pieces)(weight, A, B, scaling)
+        W = weight.to(A.dtype)
+        own = torch.linalg.vector_norm(W, dim=1)  # (out)
+        cross = torch.addmm(A.mm(W.t()).t(), B, A.mm(A.t()), beta=2 * scaling, alpha=scaling**2)  # (out, r)
+        norms = torch.addcmul(cross.mul_(B).sum(1), own, own).clamp_min_(0).sqrt_()
+        if not threads.short_way(weight.device):
+            for some in (norms < LEFT * own).nonzero().squeeze(1).split(max(1, ENTRIES // W.shape[1])):
+                made = torch.addmm(W[some], B[some], A, alpha=scaling)  # (some, in)
+                norms[some] = torch.linalg.vector_norm(made, dim=1)
         ctx.scaling = scaling
         ctx.save_for_backward(weight, A, B, norms)
         return norms
@@ -76,18 +82,3 @@ class _RowNorms(torch.autograd.Function):
                 s * h * torch.addmm(W @ A.t(), B, A @ A.t(), alpha=s) if needs_B else None,
                 None,
             )
-
-
-def _in_pieces(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    norms, rows = A.new_empty(len(weight)), max(1, ENTRIES // weight.shape[1])
-    for some in (slice(first, first + rows) for first in range(0, len(weight), rows)):
-        changed = torch.addmm(weight[some].to(A.dtype), B[some], A, alpha=scaling)  # (rows, in)
-        torch.linalg.vector_norm(changed, dim=1, out=norms[some])
-    return norms
-
-
-def _expanded(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    W = weight.to(A.dtype)
-    cross = torch.addmm(W @ A.t(), B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)  # (out, r)
-    own = torch.linalg.vector_norm(W, dim=1)
-    return torch.addcmul((cross * B).sum(1), own, own).clamp_min_(0).sqrt_()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pefttutor.kernels.row_norms import row_norms
+from pefttutor.kernels.scaled import scaled
 from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.linear import dense_weight
@@ -133,7 +134,7 @@ class Decomposed(LowRank):
         if not self.drops:
             y = super().forward(inner, own, x, *args, **kwargs)  # u
             if bias is None:
-                return (y * ratio).to(y.dtype)
+                return scaled(y, ratio).to(y.dtype)
             v = y - bias.to(y.dtype)
         else:
             A, B = self.factors
@@ -159,6 +160,8 @@ class Decomposed(LowRank):
             return None
         n_out, size = len(self.factors[1]), self.factors[1].element_size()
         tape.save(y.like(), kind)
-        for _ in range(2 if self.detach_norm else 3):  # c, and the norm, also as it is before it is kept from zero
+        for _ in range(
+            2 if self.detach_norm else 3
+        ):  # c, and the norm, also as it is before it is kept from zero
             tape.save(y.like(rows=n_out, width=1, itemsize=size), kind)
         return y

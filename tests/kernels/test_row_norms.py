@@ -24,13 +24,15 @@ def exact(W, A, B, s):
     return row_norms_reference(W.double(), A.double(), B.double(), s)
 
 
-@pytest.fixture(params=[None, 14])  # 14 entries of the weight: two rows of five at a time
-def _pieces(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(kernel, "ENTRIES", request.param)
+@pytest.fixture(params=["expanded", "made"])
+def _rows(request, monkeypatch):
+    """All rows are made, two of the five at a time; or only those that lost digits."""
+    if request.param == "made":
+        monkeypatch.setattr(kernel, "ENTRIES", 14)
+        monkeypatch.setattr(kernel, "LEFT", 100)
 
 
-@pytest.mark.usefixtures("way", "_pieces")
+@pytest.mark.usefixtures("way", "_rows")
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
 @pytest.mark.parametrize("stored", ["out, in", "in, out"])
 def test_they_are_the_formula_s_in_every_dtype_also_under_autocast(dtype, stored):
@@ -44,7 +46,7 @@ def test_they_are_the_formula_s_in_every_dtype_also_under_autocast(dtype, stored
     torch.testing.assert_close(found.double(), exact(W, A, B, 0.5), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("way", "_pieces")
+@pytest.mark.usefixtures("way", "_rows")
 def test_the_first_and_second_derivatives_are_the_numerical_ones():
     tensors = [t.requires_grad_() for t in draw()]
     assert torch.autograd.gradcheck(partial(row_norms, scaling=0.5), tensors)
@@ -73,7 +75,7 @@ def nearly_vanishing(left, dtype):
 @pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4, 1e-6, 0.0])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_row_that_nearly_vanishes_is_as_precise_as_is_said(way, left, dtype):
-    """In pieces the error is some ε S, S = ‖w‖ + s ‖|b| |A|‖; expanded it is ε S² / 2n, and never over √ε S."""
+    """Made, it is off by some ε S with S = ‖w‖ + s ‖|b| |A|‖; expanded by ε S² / 2n, and never by more than √ε S."""
     W, A, B = nearly_vanishing(left, dtype)
     true, found = exact(W, A, B, 2.0), row_norms(W, A.float(), B.float(), 2.0)
     size = W.double().norm(dim=1) + 2 * (B.double().abs() @ A.double().abs()).norm(dim=1)
@@ -85,16 +87,26 @@ def test_a_row_that_nearly_vanishes_is_as_precise_as_is_said(way, left, dtype):
         assert (error <= torch.minimum(digits * size**2 / (2 * true), digits**0.5 * size)).all()
 
 
-def test_the_pieces_keep_digits_that_the_expanded_square_loses(short_way, monkeypatch):
-    """Where one row in a million is left: why a CPU doesn't expand the square."""
+def test_made_rows_keep_digits_that_the_expanded_square_loses(short_way, monkeypatch):
+    """Where a ten-thousandth of each row is left: why a CPU makes these."""
     W, A, B = nearly_vanishing(1e-4, F32)
     true = exact(W, A, B, 2.0)
     off = {}
-    for name in ("expanded", "in pieces"):
+    for name in ("expanded", "made"):
         off[name] = ((row_norms(W, A, B, 2.0).double() - true).abs() / true).max().item()
         monkeypatch.undo()
-    assert off["in pieces"] < 0.02
-    assert off["expanded"] > 10 * off["in pieces"]
+    assert off["made"] < 0.02
+    assert off["expanded"] > 10 * off["made"]
+
+
+def test_rows_that_are_left_whole_keep_their_digits_without_being_made(monkeypatch):
+    W, A, B = nearly_vanishing(1.0, F32)
+    found = row_norms(W, A, B, 2.0)
+    torch.testing.assert_close(found.double(), exact(W, A, B, 2.0), rtol=2e-6, atol=0)
+    monkeypatch.setattr(kernel, "LEFT", 0.0)  # no row is made
+    assert torch.equal(found, row_norms(W, A, B, 2.0))
+    monkeypatch.setattr(kernel, "LEFT", 100.0)  # every row is made
+    assert not torch.equal(found, row_norms(W, A, B, 2.0))
 
 
 @pytest.mark.usefixtures("way")
@@ -110,9 +122,12 @@ def test_a_row_of_zeros_gets_no_gradient_and_its_neighbours_theirs():
     assert W.grad[0].all()
 
 
-def test_nothing_as_large_as_the_weight_is_made():
+@pytest.mark.parametrize("left", [1.0, 0.0])
+def test_nothing_as_large_as_the_weight_is_made(left):
     W, A, B = draw(1024, 1024, 8, dtype=F32)
-    assert transient_bytes(lambda: row_norms(W, A, B, 2.0)) <= 4 * (2 * kernel.ENTRIES + 2 * 1024)
+    W = left * W - 2 * (1 - left) * (B @ A)
+    room = 4 * (3 * 8 + 8) * 1024 if left else 4 * (4 * kernel.ENTRIES + 40 * 1024)
+    assert transient_bytes(lambda: row_norms(W, A, B, 2.0)) <= room
     assert W.nbytes == 16 * 4 * kernel.ENTRIES
 
 

@@ -27,12 +27,12 @@ def build(side: Side, seed: int, device: str, *, inputs: int, outputs: int, toke
     scaling = 2.0  # lora_alpha = 2 r
 
     if side == "bound":
-        return lambda: _step(lambda: nn.functional.linear(x, weight), incoming, {"x": x})
+        return lambda: step_of(lambda: nn.functional.linear(x, weight), incoming, {"x": x})
     if side == "ours":
         ours = partial(lora_linear, x, weight, None, lora_A, lora_B, scaling)
-        return lambda: _step(ours, incoming, {"x": x, "lora_A": lora_A, "lora_B": lora_B})
+        return lambda: step_of(ours, incoming, {"x": x, "lora_A": lora_A, "lora_B": lora_B})
     layer, trained = _peer(weight, lora_A, lora_B, scaling)
-    return lambda: _step(lambda: layer(x), incoming, {"x": x} | trained)
+    return lambda: step_of(lambda: layer(x), incoming, {"x": x} | trained)
 
 
 def _peer(
@@ -53,7 +53,7 @@ def _peer(
     return layer, trained
 
 
-def _step(forward: Callable[[], Tensor], incoming: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def step_of(forward: Callable[[], Tensor], incoming: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Forward and backward. The result is let go before the backward pass, as inside a model; of it, a sample of
     the tokens (every 16th) is kept to be compared."""
     for leaf in leaves.values():
