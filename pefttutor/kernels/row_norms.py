@@ -6,10 +6,10 @@ The square is expanded, so that nothing wider than r is made:
 
     nᵢ² = ‖wᵢ‖² + 2 s ⟨A wᵢ, bᵢ⟩ + s² bᵢ (A Aᵀ) bᵢᵀ
 
-With ε the dtype's rounding and S = ‖wᵢ‖ + s ‖|bᵢ| |A|‖ this is off by at most some (r + in) ε S² in nᵢ². In nᵢ that is
-ε S² / 2nᵢ: harmless as long as the change leaves a good part of the row, and up to √ε S, a few digits of eight, where it
-takes the row away (nᵢ → 0). On a CPU such rows are therefore made, a few at a time, and measured; then nᵢ is off by at
-most some (r + in) ε S. A GPU would have to be asked which rows these are, and isn't.
+With ε the dtype's rounding and S = ‖wᵢ‖ + s ‖|bᵢ| |A|‖ this is off by at most some (r + in) ε S² in nᵢ², which is
+(r + in) ε S² / 2nᵢ in nᵢ: harmless as long as the change leaves a good part of the row. Where it takes the row away
+(nᵢ → 0), it can be √ε S, half of the digits. On a CPU such rows are therefore made, a few at a time, and measured: then
+nᵢ is off by at most some (r + in) ε S. A GPU would have to be asked which rows these are, and isn't.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Norms of rows with a low-rank change: their formula in float64 and its derivatives, where a row nearly vanishes too."""
+"""Norms of rows with a low-rank change: the formula in float64, its derivatives, and rows that nearly vanish."""
 
 from __future__ import annotations
 

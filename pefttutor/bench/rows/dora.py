@@ -24,7 +24,7 @@ def build(side: Side, seed: int, device: str, *, width: int, tokens: int, r: int
         return lambda: step_of(lambda: layer(x), incoming, {"x": x})
     factors = {"lora_A": draw(r, width, scale=width**-0.5), "lora_B": draw(width, r, scale=r**-0.5)}
     values = factors | {"magnitude": draw(width).abs()}
-    model = nn.Sequential(layer)
+    model: Any = nn.Sequential(layer)
     if side == "ours":
         from pefttutor.lowrank.dora import DoRA
 
@@ -46,7 +46,7 @@ def build_norm(side: Side, seed: int, device: str, *, width: int, r: int) -> Ste
         from pefttutor.kernels.row_norms import row_norms
 
         return lambda: {"norm": row_norms(weight, A, B, SCALING)}
-    layer: Any = _peer(nn.Sequential(nn.Linear(width, width, bias=False, device=device)), r)[0][0]
+    layer = _peer(nn.Sequential(nn.Linear(width, width, bias=False, device=device)), r)[0][0]
     dora, factors = layer.lora_magnitude_vector["default"], (layer.lora_A["default"], layer.lora_B["default"])
     for factor, value in zip(factors, (A, B), strict=True):
         factor.weight.data.copy_(value)
@@ -68,7 +68,7 @@ def _drawing(seed: int, device: str) -> Any:
     return draw
 
 
-def _peer(model: nn.Module, r: int) -> tuple[nn.Module, dict[str, Any]]:
+def _peer(model: nn.Module, r: int) -> tuple[Any, dict[str, Any]]:
     import peft
 
     config = peft.LoraConfig(
