@@ -53,7 +53,6 @@ class _Scaled(torch.autograd.Function):
         grad_c = None if product is None else product.flatten(0, -2).sum(0)
         if not needs_u:
             return None, grad_c
-        own = (
-            product is not None and not torch.is_grad_enabled()
-        )  # else the product has a gradient of its own
-        return torch.mul(grad, c, out=product) if own else grad * c, grad_c
+        # While a graph of this pass is made, the product has a gradient of its own and keeps its room.
+        free = product is not None and not torch.is_grad_enabled()
+        return torch.mul(grad, c, out=product) if free else grad * c, grad_c
