@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pefttutor.kernels.orthogonality import off_orthogonal_norms
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
 from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
@@ -139,13 +140,11 @@ class AdaLoRA:
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep the rows of Q and the columns of P orthogonal."""
-        parts = [part for a in self._mine(model) if a.learns for part in _triplets(a)]
-        off = [off_orthogonal(rows) for part in parts for rows in (part.triplets[1], part.triplets[2].t())]
-        if not off or not self.orth_reg_weight:
+        triplets = [part.triplets for a in self._mine(model) if a.learns for part in _triplets(a)]
+        if not triplets or not self.orth_reg_weight:
             return torch.zeros((), requires_grad=True)
-        if self.squared_penalty:
-            return self.orth_reg_weight * torch.stack([matrix.square().sum() for matrix in off]).sum()
-        return self.orth_reg_weight * torch.stack([matrix.norm() for matrix in off]).mean()
+        norms = off_orthogonal_norms([Q for _, Q, _ in triplets], [P for _, _, P in triplets])
+        return self.orth_reg_weight * (norms.square().sum() if self.squared_penalty else norms.mean())
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Learn from the step what counts, and give out the ranks where that is due."""

@@ -3,9 +3,7 @@
     W' = m ⊙ (W₀ + ΔW) / ‖W₀ + ΔW‖          ΔW = s · B A,  s = lora_alpha / r;  m (out) starts as ‖W₀‖
 
 The norm ‖·‖ is that of a row of W (out, in): one for each output unit. (The paper draws W as (in, out) and so speaks of
-columns.) It is never computed from W₀ + ΔW, which is as large as the weight:
-
-    ‖w + s b A‖² = ‖w‖² + 2 s ⟨A w, b⟩ + s² b (A Aᵀ) bᵀ          for each row w of W₀ and b of B
+columns.) W₀ + ΔW, which is as large as the weight, never exists as a whole (`kernels.row_norms`).
 """
 
 from __future__ import annotations
@@ -19,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pefttutor.kernels.precision import unrounded
+from pefttutor.kernels.row_norms import row_norms
+from pefttutor.kernels.scaled import scaled
 from pefttutor.method import DEFAULT, attaching
 from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.linear import dense_weight
@@ -27,27 +26,9 @@ from pefttutor.parts.lowrank_layer import LowRank, draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank, scaling_of
 from pefttutor.parts.settings import check_choice
 
-__all__ = ["DoRA", "row_norms"]
+__all__ = ["DoRA"]
 
 MAGNITUDE = "lora_magnitude_vector"
-
-
-def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """‖W + s B A‖ of each row, without forming B A: at least in float32, also under autocast.
-
-    >>> W, A, B = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[4.0]])
-    >>> row_norms(W, A, B, scaling=0.5)                                  # of [3, 4]
-    tensor([5.])
-
-    Shapes: weight (out, in), A (r, in), B (out, r) → (out).
-    Cost: (2·r + 1)·out·in FLOPs, and 2·r·out numbers beside the result.
-    Source: the expanded square; published as arXiv:2603.22276.
-    """
-    with unrounded(weight):
-        wide = torch.promote_types(weight.dtype, A.dtype)
-        W, A, B = weight.to(wide), A.to(wide), B.to(wide)
-        cross = (2 * scaling) * (W @ A.t()) + scaling**2 * (B @ (A @ A.t()))  # (out, r)
-        return (W.square().sum(1) + (cross * B).sum(1)).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +130,19 @@ class Decomposed(LowRank):
 
     def forward(self, inner: Compute, own: bool, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = self.beneath()
-        excess = self.ratio(weight) - 1  # (out)
+        ratio = self.ratio(weight)  # (out)
         if not self.drops:
             y = super().forward(inner, own, x, *args, **kwargs)  # u
-            v = y if bias is None else y - bias.to(y.dtype)
+            if bias is None:
+                return scaled(y, ratio).to(y.dtype)
+            v = y - bias.to(y.dtype)
         else:
             A, B = self.factors
             y, z = inner(x, *args, **kwargs), F.dropout(x, self.dropout)
             low_rank = self.scaling * self.branch(z, A, B)
             v = F.linear(z, weight.to(x.dtype)) + low_rank  # (…, out)
             y = y + low_rank.to(y.dtype)
-        return (y + excess * v).to(y.dtype)  # the last sum is rounded once
+        return torch.addcmul(y, v, ratio - 1).to(y.dtype)  # rounded once
 
     def delta(self) -> Tensor:
         """ΔW = c ⊙ (W + s B A) − W, at least in float32. Shapes: → (out, in)."""
@@ -175,9 +158,10 @@ class Decomposed(LowRank):
         y = super().trace(layer, x, tape, kind)
         if y is None:
             return None
-        (n_out, r), size = self.factors[1].shape, self.factors[1].element_size()
+        n_out, size = len(self.factors[1]), self.factors[1].element_size()
         tape.save(y.like(), kind)
-        widths = [1, 1] if self.detach_norm else [1, 1, 1, 1, r]
-        for width in widths:
-            tape.save(y.like(rows=n_out, width=width, itemsize=size), kind)
+        for _ in range(
+            2 if self.detach_norm else 3
+        ):  # c, and the norm, also as it is before it is kept from zero
+            tape.save(y.like(rows=n_out, width=1, itemsize=size), kind)
         return y

@@ -98,13 +98,12 @@ class Triplets(LowRank):
     @torch.no_grad()
     def learn_importance(self, beta1: float, beta2: float) -> None:
         """The gradients of a step are there: average how sensitive the loss was. One that got none counts nothing."""
-        terms = [
-            (w * w.grad).abs().flatten() if w.grad is not None else torch.zeros_like(w).flatten()
-            for w in self.triplets
-        ]
-        now, (sensitivity, uncertainty) = torch.cat(terms), self.held(IMPORTANCE)
-        sensitivity.lerp_(now, 1 - beta1)
-        uncertainty.lerp_((now - sensitivity).abs_(), 1 - beta2)
+        values = self.triplets
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in values]
+        now, of_loss = (torch.cat([t.flatten() for t in tensors]) for tensors in (values, grads))
+        sensitivity, uncertainty = self.held(IMPORTANCE)
+        sensitivity.lerp_(now.mul_(of_loss).abs_(), 1 - beta1)
+        uncertainty.lerp_(now.sub_(sensitivity).abs_(), 1 - beta2)
 
     def scores(self) -> Tensor:
         """How much each triplet counts. Shapes: → (r)."""

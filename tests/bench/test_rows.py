@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from pefttutor.bench import discover
-from pefttutor.bench.memory import state_bytes
+from pefttutor.bench.memory import kept_bytes, state_bytes
 from pefttutor.bench.protocol import difference
 
 
@@ -139,3 +139,39 @@ def test_both_sides_of_the_prompt_row_say_the_same_and_the_text_alone_another_th
     ours, peer, alone = (soft_prompt.build(side, 0, "cpu")() for side in ("ours", "peer", "bound"))
     assert difference(ours, peer)[0] < 1e-4
     assert difference(alone, peer)[0] > 0.01
+
+
+@pytest.mark.parametrize("width", [24])
+def test_both_sides_of_the_dora_rows_do_the_same_work(width):
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    from pefttutor.bench.rows import dora
+
+    sides = [dora.build(side, 0, "cpu", width=width, tokens=32, r=4)() for side in ("ours", "peer")]
+    assert set(sides[0]) == {"y", "x", "lora_A", "lora_B", "magnitude"}
+    assert difference(*sides)[0] < 1e-5
+    norms = [dora.build_norm(side, 0, "cpu", width=width, r=4)() for side in ("ours", "peer")]
+    assert difference(*norms)[0] < 1e-5
+
+
+@pytest.mark.parametrize(("work", "tensors"), [("penalty", 1 + 28), ("importance", 4), ("budget", 14)])
+def test_both_sides_of_the_adalora_rows_do_the_same_work(monkeypatch, work, tensors):
+    pytest.importorskip("peft", reason="HF PEFT, the peer, comes with the extra `test`")
+    from pefttutor.bench.rows import adalora
+
+    monkeypatch.setattr(adalora, "llama_like", tiny_llama)
+    monkeypatch.setattr(adalora, "LONG", 30)
+    ours, peer = (adalora.build(side, 0, "cpu", work=work) for side in ("ours", "peer"))
+    for _ in range(12):
+        found = ours()
+        assert len(found) == tensors
+        assert difference(found, peer())[0] < 1e-5
+    if work == "budget":
+        assert 0 < sum(int((values == 0).sum()) for values in found.values()) < 14 * adalora.R
+
+
+def test_lora_fa_keeps_a_hundredth_of_what_lora_keeps():
+    row = discover()["lora_fa"]
+    ours, peer = (row.build(side, 0, "cpu") for side in ("ours", "peer"))
+    assert difference(ours(), peer())[0] == 0
+    assert kept_bytes(ours) == 8 * 2048 * 4  # x Aᵀ
+    assert kept_bytes(ours) <= row.goals["kept"] * kept_bytes(peer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pefttutor import IA3, DoRA, LoRA, attached, detach, merge, trainable, unmerge
-from pefttutor.lowrank.dora import row_norms
 from pefttutor.parts.linear import dense_weight
 from pefttutor.widgets.spectrum import truncated, updates
 from tests.lowrank.peers import assert_same_as_peft, drawn, lora_config, run, with_peft
@@ -145,21 +143,6 @@ def test_the_norm_is_that_of_each_output_unit():
     model = DoRA(r=2, target_modules=("0",)).attach(nn.Sequential(layer))
     torch.testing.assert_close(layer.lora_magnitude_vector, torch.linalg.norm(layer.weight, dim=1))
     assert trainable(model) == {"0.lora_A": 12, "0.lora_B": 8, "0.lora_magnitude_vector": 4}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, F64])
-def test_row_norms_never_form_the_product_and_are_exact(dtype):
-    generator = torch.Generator().manual_seed(0)
-    W, A, B = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 7), (2, 7), (5, 2)))
-    A = A.to(torch.promote_types(dtype, torch.float32))
-    exact = (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
-    with torch.autocast("cpu", dtype=BF16):
-        found = row_norms(W, A, B, 0.5)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
-    nothing = (-0.5 * B.to(A.dtype) @ A).to(A.dtype)  # W + s B A is zero, and its square rounded below it
-    assert row_norms(nothing, A, B, 0.5).isfinite().all()
-    W, A, B = (t.double().requires_grad_() for t in (W, A, B))
-    assert torch.autograd.gradcheck(partial(row_norms, scaling=0.5), (W, A, B))
 
 
 def test_a_row_of_zeros_stays_zero_and_breaks_nothing():

@@ -27,12 +27,12 @@ def build(side: Side, seed: int, device: str, *, inputs: int, outputs: int, toke
     scaling = 2.0  # lora_alpha = 2 r
 
     if side == "bound":
-        return lambda: _step(lambda: nn.functional.linear(x, weight), incoming, {"x": x})
+        return lambda: step_of(lambda: nn.functional.linear(x, weight), incoming, {"x": x})
     if side == "ours":
         ours = partial(lora_linear, x, weight, None, lora_A, lora_B, scaling)
-        return lambda: _step(ours, incoming, {"x": x, "lora_A": lora_A, "lora_B": lora_B})
+        return lambda: step_of(ours, incoming, {"x": x, "lora_A": lora_A, "lora_B": lora_B})
     layer, trained = _peer(weight, lora_A, lora_B, scaling)
-    return lambda: _step(lambda: layer(x), incoming, {"x": x} | trained)
+    return lambda: step_of(lambda: layer(x), incoming, {"x": x} | trained)
 
 
 def _peer(
@@ -53,7 +53,7 @@ def _peer(
     return layer, trained
 
 
-def _step(forward: Callable[[], Tensor], incoming: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def step_of(forward: Callable[[], Tensor], incoming: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Forward and backward. The result is let go before the backward pass, as inside a model; of it, a sample of
     the tokens (every 16th) is kept to be compared."""
     for leaf in leaves.values():
@@ -64,6 +64,20 @@ def _step(forward: Callable[[], Tensor], incoming: Tensor, leaves: dict[str, Ten
     del y
     torch.autograd.backward([end], [incoming])
     return {"y": sample} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def build_fa(side: Side, seed: int, device: str) -> Step:
+    """Ours with the first factor frozen, as LoRA-FA has it, beside ours with both trained."""
+    generator = torch.Generator().manual_seed(seed)
+    x, incoming = (torch.randn(2048, 768, generator=generator).to(device) for _ in range(2))
+    weight, A, B = (
+        nn.Parameter((torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(device))
+        for shape in ((768, 768), (8, 768), (768, 8))
+    )
+    weight.requires_grad_(False)
+    A.requires_grad_(side == "peer")
+    x.requires_grad_()
+    return lambda: step_of(lambda: lora_linear(x, weight, None, A, B, 2.0), incoming, {"x": x, "lora_B": B})
 
 
 def _row(inputs: int, outputs: int, tokens: int, r: int, **goals: float) -> Row:
@@ -83,4 +97,12 @@ ROWS = [
     _row(768, 768, 2048, 8, time=0.74, transient=0.50),
     _row(2048, 2048, 1024, 16, time=0.92, transient=0.50),
     _row(768, 3072, 2048, 8, transient=0.50),
+    Row(
+        name="lora_fa",
+        work="LoRA-FA linear, forward + backward, 768 → 768, T = 2048, r = 8",
+        peer="our own LoRA",
+        build=build_fa,
+        goals={"kept": 0.02},
+        cuda_goals={"kept": 0.02},
+    ),
 ]

@@ -35,12 +35,12 @@ def build(side: Side, seed: int, device: str, *, kind: str = "lora") -> Step:
 
         method = KINDS[kind][0]()
         method.attach(model)
-        trained = alike(model, _NAMES, seed)
+        trained = alike(model, NAMES, seed)
         penalty = getattr(method, "penalty", None)
         extra = (lambda: penalty(model)) if penalty else (lambda: 0)
         return lambda: _step(lambda: causal_lm_loss(model, batch) + extra(), trained)
     adapted = KINDS[kind][1](model)
-    trained = alike(adapted, _NAMES, seed)
+    trained = alike(adapted, NAMES, seed)
     return lambda: _step(lambda: adapted(**batch).loss, trained)
 
 
@@ -103,7 +103,7 @@ KINDS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 
 # What the peers call a parameter, and we: the first that is found is replaced by the second.
-_NAMES = {
+NAMES = {
     "base_model.model.": "",
     "prompt_encoder.default.embedding": "model.prefix",
     "model.prefix_table": "model.prefix",
