@@ -21,7 +21,7 @@ from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.settings import check_choice, check_number, check_whole
-from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets, off_orthogonal
+from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets
 
 __all__ = ["AdaLoRA"]
 

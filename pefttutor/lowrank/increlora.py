@@ -15,13 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pefttutor.kernels.orthogonality import off_orthogonal
 from pefttutor.method import DEFAULT, Attachment, attached, attaching
 from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.growing import Growing
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.settings import check_choice, check_number, check_whole
-from pefttutor.parts.triplets import draw_triplets, off_orthogonal
+from pefttutor.parts.triplets import draw_triplets
 
 __all__ = ["IncreLoRA"]
 

@@ -16,7 +16,7 @@ from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.parts.part import hold, let_go
 
-__all__ = ["Triplets", "draw_triplets", "off_orthogonal"]
+__all__ = ["Triplets", "draw_triplets"]
 
 KEPT, IMPORTANCE = "lora_kept", "lora_importance"
 STD = 0.02  # of the draws of P and Q
@@ -30,19 +30,6 @@ def draw_triplets(layer: nn.Module, r: int, generator: torch.Generator) -> tuple
         for shape in ((r, n_in), (n_out, r))
     )
     return Q, P
-
-
-def off_orthogonal(rows: Tensor) -> Tensor:
-    """M Mᵀ − I, which is zero where the rows are orthogonal and of length 1; as precise as M, also under autocast.
-
-    >>> off_orthogonal(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
-    tensor([[1., 1.],
-            [1., 0.]])
-
-    Shapes: (r, n) → (r, r). Source: Zhang et al. 2023, eq. 4.
-    """
-    with unrounded(rows):
-        return rows @ rows.t() - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
 
 
 class Triplets(LowRank):

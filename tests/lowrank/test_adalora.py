@@ -25,7 +25,7 @@ from pefttutor import (
     unmerge,
 )  # fmt: skip
 from pefttutor.memory.measured import watch_saved
-from pefttutor.parts.triplets import IMPORTANCE, KEPT, off_orthogonal
+from pefttutor.parts.triplets import IMPORTANCE, KEPT
 from pefttutor.train.hooks import Hooks
 from pefttutor.widgets.spectrum import updates
 from tests.lowrank.peers import EXACT, assert_same_as_peft, drawn, with_peft, without_the_small_number
