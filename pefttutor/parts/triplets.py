@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pefttutor.kernels.precision import unrounded
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_layer import LowRank
