@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels.orthogonality import off_orthogonal
-from pefttutor.method import DEFAULT, Attachment, attached, attaching
+from pefttutor.method import DEFAULT, Attachment, attached, attaching, learning
 from pefttutor.parts.added import step_counter
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.growing import Growing
@@ -123,22 +123,19 @@ class IncreLoRA:
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
         """How many triplets each layer has been given, by its name in the model."""
-        return {part.path: part.rank for a in self._mine(model) for part in _growing(a)}
+        return {
+            part.path: part.rank for a in attached(model).values() if a.method == self for part in _growing(a)
+        }
 
     def steps_needed(self, layers: int) -> int:
         """How many steps give out all ranks, where no layer runs out of room."""
-        missing, round_ = (
-            (self.target_r - self.init_r) * layers,
-            min(self.top_h, layers) * self.incre_rank_num,
-        )
-        first = (
-            self.init_warmup // self.incre_interval + 1
-        ) * self.incre_interval  # the first step with a round
-        return first + (-(-missing // round_) - 1) * self.incre_interval + 1 if missing else 1
+        missing, interval = (self.target_r - self.init_r) * layers, self.incre_interval
+        rounds = -(-missing // (min(self.top_h, layers) * self.incre_rank_num))
+        return (self.init_warmup // interval + rounds) * interval + 1 if missing else 1
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep the rows of Q and the columns of P orthogonal, of the triplets in use."""
-        parts = [part for a in self._mine(model) if a.learns for part in _growing(a)]
+        parts = [part for a in learning(model, self) for part in _growing(a)]
         if not parts or not self.orth_reg_weight:
             return torch.zeros((), requires_grad=True)
         norms = [off_orthogonal(rows).norm() for part in parts for rows in part.rows_in_use()]
@@ -146,9 +143,8 @@ class IncreLoRA:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Learn from the step which layers count, and give them rank where that is due."""
-        for attachment in self._mine(model):
-            if attachment.learns:
-                self._grow(_growing(attachment), model.get_buffer(added_key(COUNTER, attachment.name)))
+        for attachment in learning(model, self):
+            self._grow(_growing(attachment), model.get_buffer(added_key(COUNTER, attachment.name)))
 
     def _grow(self, parts: list[Growing], counter: Tensor) -> None:
         step, total = int(counter), sum(part.rank for part in parts)
@@ -183,7 +179,7 @@ class IncreLoRA:
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether all ranks were given out, and if not, why."""
-        for attachment in self._mine(model):
+        for attachment in learning(model, self):
             parts, done = _growing(attachment), int(model.get_buffer(added_key(COUNTER, attachment.name)))
             total, wanted = sum(part.rank for part in parts), self.target_r * len(parts)
             if total < wanted and done == 0:
@@ -198,9 +194,6 @@ class IncreLoRA:
                     "top_h"
                 )
         return None
-
-    def _mine(self, model: nn.Module) -> list[Attachment]:
-        return [a for a in attached(model).values() if a.method == self]
 
 
 def _growing(attachment: Attachment) -> list[Growing]:
