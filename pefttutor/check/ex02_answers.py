@@ -86,6 +86,18 @@ STATIC_MISTAKES: dict[str, Callable[..., Any]] = {
     "the frozen weights are left out of the first number: they are in memory, too": _static(
         of=lambda model: [p for p in model.parameters() if p.requires_grad]
     ),
+    "state_dict() has a tied weight twice, and buffers; ask parameters()": lambda model, moment_bytes: (
+        sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        *static_bytes(model, moment_bytes)[1:],
+    ),
+    "what state_dict() gives never needs a gradient; ask parameters()": _static(
+        of=lambda model: list(model.state_dict().values())
+    ),
+    "p.grad is None before a step: count the parameters that train": lambda model, moment_bytes: (
+        static_bytes(model, moment_bytes)[0],
+        0,
+        static_bytes(model, moment_bytes)[2],
+    ),
     "gradients and moments stand in the wrong order": lambda model, moment_bytes: tuple(
         static_bytes(model, moment_bytes)[i] for i in (0, 2, 1)
     ),
@@ -109,6 +121,9 @@ FEED_FORWARD_MISTAKES: dict[str, Callable[..., Any]] = {
     "without any gradient nothing is kept": _kept(lambda t, d, m, w, g: t * (d + 4 * m) if w else 3 * t * m),
     "whether the input needs a gradient decides everything here; weights that train need it kept, too": _kept(
         lambda t, d, m, w, g: (t * (d + 4 * m) if w else 3 * t * m) if g else 0
+    ),
+    "gate's output needs a gradient as soon as its weight trains: gate, silu and up don't wait for x": _kept(
+        lambda t, d, m, w, g: t * ((d + m) * w + 3 * m * g)
     ),
     "x is missing: gate and up keep it where they train": _kept(
         lambda t, d, m, w, g: 4 * t * m if w else 3 * t * m * g

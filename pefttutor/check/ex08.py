@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,19 +43,57 @@ def _small_model() -> nn.Module:
     return model
 
 
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The names, and before them the first that is too many and the first that is missing."""
+
+    def seen(model: nn.Module) -> Any:
+        right, came = bias_names(model), function(model=model)
+        if not (isinstance(came, list | tuple) and all(isinstance(name, str) for name in came)):
+            return came
+        return {
+            "a name too many": next((name for name in came if name not in right), "none"),
+            "a name missing": next((name for name in right if name not in came), "none"),
+            "names": came,
+        }
+
+    return seen
+
+
 @exercise("08.1", reference=bias_names)
 def ex08_1(attempt: Any) -> None:
     """A model with misleading names; it must come out as it went in."""
-    same_result(attempt, bias_names, {"model": _small_model()}, mistakes=NAMES_MISTAKES)
+    known = {name: _told(mistake) for name, mistake in NAMES_MISTAKES.items()}
+    same_result(_told(attempt), _told(bias_names), {"model": _small_model()}, mistakes=known)
+
+
+def _chosen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How many entries are chosen, and of which sizes: the same whichever of equal ones are."""
+
+    def seen(weights: Mapping[str, Tensor], fraction: float) -> Any:
+        masks = function(weights=weights, fraction=fraction)
+        if not (isinstance(masks, Mapping) and list(masks) == list(weights)):
+            return masks
+        if not all(isinstance(m, Tensor) and m.dtype == torch.bool for m in masks.values()):
+            return masks
+        if any(mask.shape != weights[name].shape for name, mask in masks.items()):
+            return masks
+        sizes = torch.cat([weights[name].abs()[mask] for name, mask in masks.items()])
+        return {"entries chosen": len(sizes), "their sizes": sizes.sort().values}
+
+    return seen
 
 
 @exercise("08.2", reference=smallest_masks)
 def ex08_2(attempt: Any) -> None:
-    """Tensors of different shapes and scales; a quarter of n = 48, a share of 9.6 entries, and everything."""
+    """Shapes and scales that differ; a quarter of n = 48, 9.6 entries, everything, nothing; then equal values."""
     weights = {"a": _draw(5, 3, seed=1), "b": 0.3 * _draw(9, seed=2) + 0.2, "c": 2 * _draw(2, 4, 3, seed=3)}
-    for fraction in (0.25, 0.2, 1.0):
+    for fraction in (0.25, 0.2, 1.0, 0.01):
         inputs = {"weights": weights, "fraction": fraction}
         same_result(attempt, smallest_masks, inputs, mistakes=MASKS_MISTAKES)
+    equal = {"a": torch.ones(2, 4), "b": torch.tensor([3.0, -1.0, 0.5, 1.0])}
+    known = {name: _chosen(mistake) for name, mistake in MASKS_MISTAKES.items()}
+    inputs = {"weights": equal, "fraction": 0.25}
+    same_result(_chosen(attempt), _chosen(smallest_masks), inputs, mistakes=known)
 
 
 @exercise("08.3", reference=masked_step)

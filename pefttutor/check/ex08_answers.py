@@ -90,28 +90,39 @@ def _masks(
     return wrong_masks
 
 
+def _limited(weights: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    flat = torch.cat([weight.abs().flatten() for weight in weights.values()])
+    k = int(fraction * len(flat))
+    limit = flat.kthvalue(k).values if k else -1.0
+    return {name: weight.abs() <= limit for name, weight in weights.items()}
+
+
 MASKS_MISTAKES = {
     "these are the largest": _masks(largest=True),
     "without the absolute value the most negative come first": _masks(score=lambda w: w),
     "each tensor has its own limit here; rank all entries together": _masks(together=False),
+    "a share of less than one entry is none": _masks(count=lambda f, n: max(1, int(f * n))),
     "k = ⌊fraction · n⌋ rounds down; 9.6 entries are 9, not 10": _masks(count=lambda f, n: -int(-f * n // 1)),
     "the fraction is of entries that train; these are the others": _masks(invert=True),
     "fraction is a share, not percent": _masks(count=lambda f, n: int(f * n / 100)),
     "one entry too many: the k-th itself is included once": _masks(count=lambda f, n: int(f * n) + 1),
     "the distance from the mean is ranked, not |w|": _masks(score=lambda w: (w - w.mean()).abs()),
+    "a limit lets in every entry that is equal to it; k are asked for": _limited,
 }
 
 
 def _step(
     *,
     decay_masked: bool = True,
-    velocity_masked: bool = True,
+    outside: Callable[[Tensor, Tensor, float], Tensor] = lambda velocity, moved, mu: velocity,
     late: bool = False,
     sign: float = -1.0,
     first_decay: bool = True,
     use_momentum: bool = True,
     old_velocity: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
+    """outside: what the velocity is where the mask is false, given the old one, the one that moves, and μ."""
+
     def wrong_step(
         weight: Tensor, grad: Tensor, velocity: Tensor, mask: Tensor, lr: float, momentum: float, decay: float
     ) -> tuple[Tensor, Tensor]:
@@ -120,7 +131,7 @@ def _step(
             moved = mu * velocity + grad * mask + decay * weight
             return weight + sign * lr * moved, moved
         moved = mu * velocity + grad + (decay * weight if first_decay else 0)
-        new_velocity = torch.where(mask, moved, velocity) if velocity_masked else moved
+        new_velocity = torch.where(mask, moved, outside(velocity, moved, mu))
         used = velocity if old_velocity else new_velocity
         moved_weight = torch.where(mask, weight + sign * lr * used, weight)
         return (moved_weight if decay_masked else moved_weight - lr * decay * weight * ~mask), new_velocity
@@ -132,7 +143,13 @@ STEP_MISTAKES = {
     "the mask is on the gradient only: momentum and weight decay still move the others": _step(late=True),
     "weight decay still moves the entries outside the mask": _step(decay_masked=False),
     "the velocity changes outside the mask: it would move them once they are chosen": _step(
-        velocity_masked=False
+        outside=lambda velocity, moved, mu: moved
+    ),
+    "the velocity is set to zero outside the mask; it stays as it was": _step(
+        outside=lambda velocity, moved, mu: torch.zeros_like(velocity)
+    ),
+    "the velocity decays outside the mask; it stays as it was": _step(
+        outside=lambda velocity, moved, mu: mu * velocity
     ),
     "the step goes up the gradient": _step(sign=1.0),
     "weight decay is missing": _step(first_decay=False),

@@ -32,7 +32,7 @@ TINTS = {
     "norms": 0.8,
     "dropout": 0.3,
     "layer inputs": 1.0,
-    "logits and loss": 0.55,
+    "logits and loss": 0.2,
 }
 MOST_LETTERS = 50  # of a line beside its number
 
