@@ -70,6 +70,10 @@ def _lottery(
     return wrong_difference
 
 
+def _where_chosen(start: Weights, first: Weights, second: Weights, k: int) -> dict[str, Tensor]:
+    return {name: phi for name, phi in lottery_difference(start, first, second, k).items() if phi.any()}
+
+
 LOTTERY_MISTAKES = {
     "φ is taken from the first training, θ₁ − θ₀; the second one is what is kept": _lottery(
         change=lambda zero, one, two: one - zero
@@ -92,6 +96,7 @@ LOTTERY_MISTAKES = {
         score=lambda zero, one, two: (two - zero).abs()
     ),
     "k entries of each tensor; k of all together is wanted": _lottery(together=False),
+    "a tensor in which nothing is chosen is missing; its φ is all zeros": _where_chosen,
 }
 
 
@@ -187,6 +192,15 @@ def _kept(
     return wrong_sum
 
 
+def _every_tensor_of_each(start: Weights, differences: Sequence[Difference]) -> dict[str, Tensor]:
+    return composed(start, [{name: phi[name] for name in start} for phi in differences])
+
+
+def _each_of_every_tensor(start: Weights, differences: Sequence[Difference]) -> dict[str, Tensor]:
+    by_tensor = {name: [phi[name] for phi in differences] for name in start}
+    return composed(start, [{name: pair} for name, pairs in by_tensor.items() for pair in pairs])
+
+
 COMPOSED_MISTAKES = {
     "θ₀ itself is changed; the result must be new tensors": _in_place,
     "where two differences share a place, the later one overwrites the earlier": _composed(
@@ -216,6 +230,10 @@ COMPOSED_MISTAKES = {
     "a tensor that only some of the differences have is left unchanged": _kept(
         lambda name, differences: all(name in phi for phi in differences), drop=False
     ),
+    "a difference needn't have every tensor: go through its own, phi.items(), not through θ₀'s": (
+        _every_tensor_of_each
+    ),
+    "not every difference has every tensor: ask whether the name is in it": _each_of_every_tensor,
     "the tensors have lost their shape": lambda start, differences: {
         name: weight.flatten() for name, weight in composed(start, differences).items()
     },

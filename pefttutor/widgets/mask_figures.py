@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from pefttutor.widgets.mask_source import kind_of, layer_of, overlap, share
@@ -32,7 +33,7 @@ def draw_overview(choices: Mapping[str, Masks]) -> Picture:
     if shared:
         least, most = min(shared, key=lambda p: shared[p]), max(shared, key=lambda p: shared[p])
         alt += f" Overlap from {shared[least]:.0%} ({', '.join(least)}) to {shared[most]:.0%} ({', '.join(most)})."
-    picture = Picture(10.6, 3.6, alt=alt)
+    picture = Picture(10.6, 3.8, alt=alt)
     by_layer, by_kind, matrix = picture.subplots(1, 3, width_ratios=[1.1, 1.2, 0.9])
     first = choices[names[0]]
     for axes, groups, title in (
@@ -40,8 +41,8 @@ def draw_overview(choices: Mapping[str, Masks]) -> Picture:
         (by_kind, {n: kind_of(n, t) for n, t in first.items()}, "By kind of tensor"),
     ):
         _draw_shares(axes, {name: share(masks, groups) for name, masks in choices.items()}, title)
-    by_layer.legend(fontsize=8)
     _draw_overlap(matrix, names, shared)
+    _legend(picture, by_layer, "left")
     return picture
 
 
@@ -55,15 +56,23 @@ def _draw_shares(axes: Axes, shares: Mapping[str, Mapping[str, float]], title: s
     positive = [100 * value for values in shares.values() for value in values.values() if value > 0]
     if positive and max(positive) > 20 * min(positive):  # all biases next to 1 % of the matrices
         axes.set_yscale("log")
-    else:
-        axes.margins(y=0.3)  # room for the legend
+        steps = (1,) if max(positive) > 100 * min(positive) else (1, 2, 5)  # enough numbers, and not too many
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
+        axes.yaxis.set_major_formatter(lambda value, _: numpy.format_float_positional(value, trim="-"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     crowded = max(map(len, groups)) > 3
     axes.set_xticks(
         range(len(groups)), groups, rotation=35 if crowded else 0, ha="right" if crowded else "center"
     )
-    axes.set(title=title, ylabel="chosen (% of entries)")
+    axes.set(title=title, ylabel="chosen (% of the group's entries)")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _legend(picture: Picture, axes: Axes, side: str) -> None:
+    """Which colour is which, above all axes: inside of one it would lie on bars."""
+    handles, labels = axes.get_legend_handles_labels()
+    picture.legend(handles, labels, loc=f"outside upper {side}", ncols=len(labels), fontsize=9)
 
 
 def _draw_overlap(axes: Axes, names: list[str], shared: Mapping[tuple[str, str], float]) -> None:
@@ -94,7 +103,7 @@ def draw_tensor(method: str, other: str, tensor: str, one: Masks, two: Masks) ->
         f"{method} chooses {everywhere:.2%} of all entries and {here:.2%} of {tensor} {tuple(mask.shape)}. "
         f"It shares {common:.0%} of its entries with {other}; chance would share {_chance(one, two):.0%}."
     )
-    picture = Picture(10.6, 3.8, alt=alt)
+    picture = Picture(10.6, 4.0, alt=alt)
     left, middle, right = picture.subplots(1, 3, width_ratios=[1.3, 1, 1.1])
     shown = shrunk(mask)
     image = left.imshow(shown, cmap=SEQUENTIAL, vmin=0, vmax=max(float(shown.max()), 1e-9), aspect="auto")
@@ -109,7 +118,7 @@ def draw_tensor(method: str, other: str, tensor: str, one: Masks, two: Masks) ->
     ):
         _draw_shares(axes, {method: share(one, groups), other: share(two, groups)}, title)
         axes.axhline(100 * everywhere, color=GREY, linewidth=1, linestyle="--")
-    middle.legend(fontsize=8)
+    _legend(picture, middle, "right")
     return picture
 
 

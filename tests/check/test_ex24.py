@@ -48,7 +48,19 @@ def test_the_package_chooses_a_ticket_as_the_reference_does():
         (check.ex24_1, lambda start, **others: start["d"], "KeyError"),
         (check.ex24_2, lambda **inputs: None, "None"),
         (check.ex24_2, lambda **inputs: ex24.hard_fisher(**inputs)["a"], "float32 (2, 3)"),
+        (
+            check.ex24_1,
+            lambda **inputs: {n: d for n, d in ex24.lottery_difference(**inputs).items() if d.any()},
+            "a tensor in which nothing is chosen is missing",
+        ),
         (check.ex24_3, lambda start, differences: start, "changed by the rule|numbers"),
+        (
+            check.ex24_3,
+            lambda start, differences: {
+                n: w + sum(phi[n][1].sum() for phi in differences) for n, w in start.items()
+            },
+            "ask whether the name is in it",
+        ),
         (check.ex24_3, lambda start, differences: start["a"][differences[0]["a"][0]], "IndexError"),
     ],
 )

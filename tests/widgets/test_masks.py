@@ -53,6 +53,43 @@ def test_the_overview_counts_by_block_and_kind_and_shows_overlaps():
     assert f"{shared:.0%} (one, two)" in picture.alt
 
 
+def bars_and_biases(share):
+    """A mask with `share` of each matrix and all of each bias: on a linear axis the matrices' bars would be flat."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        n: torch.rand(w.shape, generator=generator) < (1 if n.endswith("bias") else share)
+        for n, w in llama().named_parameters()
+    }
+
+
+@pytest.mark.parametrize("share", [0.03, 0.003])
+@pytest.mark.parametrize("part", ["figure", "explorer"])
+def test_numbers_of_a_logarithmic_axis_are_written_out(part, share):
+    source = {"one": bars_and_biases(share), "two": drawn(0.3, 2)}
+    picture = widgets.masks.figure(source) if part == "figure" else widgets.masks(source).figure
+    axes = next(axes for axes in picture.axes if axes.get_title(loc="left") == "By kind of tensor")
+    assert axes.get_yscale() == "log"
+    picture.draw_without_rendering()
+    low, high = axes.get_ylim()
+    written = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert len(written) >= 3
+    values = [float(text) for text in written]  # neither $10^{1}$ nor 1e-05
+    assert values == pytest.approx([v for v in axes.get_yticks() if low <= v <= high])
+    assert not any("e" in text for text in written)
+    assert not any(t.get_text() for t in axes.get_yticklabels(minor=True))
+
+
+def test_the_legend_lies_on_no_bar():
+    source = {name: drawn(0.3, seed) for seed, name in enumerate(("one", "two", "three", "four"))}
+    for picture in (widgets.masks.figure(source), widgets.masks(source).figure):
+        picture.draw_without_rendering()
+        (legend,) = picture.legends
+        assert {t.get_text() for t in legend.get_texts()} <= set(source)
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in picture.axes)
+        assert not any(axes.get_legend() for axes in picture.axes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64])
 def test_a_mask_of_zeros_and_ones_is_a_mask_whatever_its_type(dtype):
     one = drawn(0.1, 1)
