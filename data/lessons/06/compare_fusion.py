@@ -22,7 +22,7 @@ from pefttutor.authoring.tables import compare, drawn, prepared, scores
 SOURCE = runpy.run_path(str(Path(__file__).with_name("adapt_sources.py")))
 MODEL, SOURCES, FOLDER = SOURCE["MODEL"], SOURCE["SOURCES"], SOURCE["FOLDER"]
 STEPS, BATCH, CASES, SEARCH = 120, 16, [("verdicts", 64), ("animals", 256)], range(100, 105)
-RATES, WINDOW = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2], (1e-3, 5e-3)
+RATES, WINDOW = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2], (2e-3, 1e-2)
 
 
 def trained(task, n, lr, seed, prepare):
