@@ -1,9 +1,9 @@
-"""Lesson 06: the control of compare_fusion.py, the same fusion of adapters that know nothing.
+"""Lesson 06: the control of compare_animals.py, the same fusion of adapters that know nothing.
 
     python data/lessons/06/compare_shuffled.py        after adapt_sources.py; goes on where it was stopped
 
 The numbers within each of the four adapters' tensors stand in another order, which a seed draws: networks as large as
-the trained ones, without what these have learned. All else is that of compare_fusion.py. Lesson 06 reads the table,
+the trained ones, without what these have learned. All else is that of compare_animals.py. Lesson 06 reads the table,
 compare_shuffled.jsonl.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from pefttutor.authoring.tables import compare
 
-FIRST = runpy.run_path(str(Path(__file__).with_name("compare_fusion.py")))
+FIRST = runpy.run_path(str(Path(__file__).with_name("compare_animals.py")))
 
 
 def shuffle(model, seed):
@@ -34,13 +34,13 @@ if __name__ == "__main__":
     compare(
         __file__,
         train,
-        {(*case, "shuffled"): FIRST["WINDOW"] for case in FIRST["CASES"][::-1]},
+        {(*FIRST["CASE"], "shuffled"): FIRST["WINDOW"]},
         columns=("task", "n", "way"),
         rates=FIRST["RATES"],
         seeds=range(10),
         search_seeds=FIRST["SEARCH"],
         model=FIRST["MODEL"],
-        tasks=[*FIRST["SOURCES"], *(task for task, _ in FIRST["CASES"])],
+        tasks=[*FIRST["SOURCES"], FIRST["CASE"][0]],
         steps=FIRST["STEPS"],
         batch_size=FIRST["BATCH"],
         adapters_sha256=FIRST["digest"](),
