@@ -1,11 +1,10 @@
-"""Lesson 06: two controls of compare_animals.py.
+"""Lesson 06: the control of compare_animals.py, the same fusion of adapters that know nothing.
 
-    python data/lessons/06/compare_controls.py        after adapt_sources.py; goes on where it was stopped
+    python data/lessons/06/compare_shuffled.py        after adapt_sources.py; goes on where it was stopped
 
-shuffled: the numbers within each of the four adapters' tensors stand in another order, which a seed draws: networks as
-large as the trained ones, without what these have learned. softened: K starts √d times smaller, so that at the start
-all scores are those of equation 6.1 divided by √d. All else is that of compare_animals.py. Lesson 06 reads the table,
-compare_controls.jsonl.
+The numbers within each of the four adapters' tensors stand in another order, which a seed draws: networks as large as
+the trained ones, without what these have learned. All else is that of compare_animals.py. Lesson 06 reads the table,
+compare_shuffled.jsonl.
 """
 
 import copy
@@ -47,7 +46,7 @@ if __name__ == "__main__":
     compare(
         __file__,
         train,
-        {(*CASE, way): WINDOW for way in ("softened", "shuffled")},
+        {(*CASE, "shuffled"): WINDOW},
         columns=("task", "n", "way"),
         rates=RATES,
         seeds=range(10),
