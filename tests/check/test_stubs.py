@@ -23,6 +23,7 @@ REFERENCES = {
     "03": ("with_prompt", "label_start", "mixed_batch"),
     "04": ("prefix_attention", "prefix_share", "layer_pairs", "MadeByMLP"),
     "05": ("Bottleneck", "adapted_sublayer", "adapter_count", "for_all_tasks"),
+    "06": ("shares", "fused_sublayer", "fusion_start", "penalty"),
     "07": ("steered", "write_steered", "steered_top", "two_row_linear"),
     "08": ("bias_names", "smallest_masks", "masked_step"),
     "09": ("true_fisher", "squared_gradients", "fish_masks"),
