@@ -53,10 +53,10 @@ class AdapterFusion:
     init_seed: fixes the random Q and K, whatever the device.
 
     V starts at I, Q and K are drawn from N(0, 0.02²), and b is 0. Scores grow with the lengths of h and z. Where these
-    are small, all adapters count nearly the same at first; where they aren't, as in campus-nano (lesson 06), the draw of Q
-    and K gives nearly all of a token to one adapter. With one adapter s = 1, and the model is that adapter's, exactly.
-    As K is linear, (Q h + b) · K z = Kᵀ(Q h + b) · z, and V is applied to the sum: three products with d × d matrices a
-    token, whatever the number of adapters.
+    are small, all adapters count nearly the same at first; where they aren't, as in campus-nano (lesson 06), the draw
+    of Q and K gives nearly all of a token to one adapter. With one adapter s = 1, and the model is that adapter's,
+    exactly. As K is linear, (Q h + b) · K z = Kᵀ(Q h + b) · z, and V is applied to the sum: three products with d × d
+    matrices a token, whatever the number of adapters.
 
     The authors' library gives K a bias as well. It adds the same number to all scores of a token, so the softmax
     doesn't see it and its gradient is zero: it is left out, d values a layer.
