@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import re
 
 import pytest
 
 import pefttutor
 from pefttutor.authoring import tables as runs
 from pefttutor.authoring.provenance import digests
+from pefttutor.models.carriers import root
 
 HEADER = {"command": "python data/lessons/99/try.py", "seeds": [0, 1], "search_seeds": [7, 8]}
 
@@ -269,3 +272,12 @@ def test_what_a_script_computes_is_its_provenance_and_not_how_it_is_written(tmp_
     script.write_text(other)
     assert (digests(script, "none", ()) == before) is same
     assert before["model_sha256"] == "missing"
+
+
+def test_the_adapters_that_a_lesson_ships_are_those_of_their_card():
+    folder = root() / "lessons" / "06" / "adapters"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"^\| (\w+) \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
+    files = {path.parent.name: path for path in folder.glob("*/adapter.safetensors")}
+    assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} == named
+    assert len(named) == 4
