@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.method import DEFAULT, Attachment
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.attachment import DEFAULT, Attachment, added_key
 from pefttutor.parts.cached_attention import Form, form_of
 from pefttutor.parts.network import Itself, Maker, Network
 from pefttutor.parts.prefixes import prefixed

@@ -43,8 +43,9 @@ def verdicts(found: Diagnosis) -> dict[str, str]:
 @pytest.mark.parametrize(("name", "kind"), CELLS, ids=map("-".join, CELLS))
 def test_wrong_before_training_ok_after_two_steps_and_the_model_is_as_it_was(name: str, kind: str) -> None:
     model, rows = attached_to(name, kind), rows_of(batch_of(kind))
-    if name == "ReLoRA":  # its merge comes with the second step, and belongs to a training
-        model = pt.ReLoRA(r=2, reset_every=2, target_modules=KINDS_TARGETS[kind]).attach(fresh(kind))
+    if name in ("ReLoRA", "COLA"):  # their merge comes with the second step, and belongs to a training
+        every = {"ReLoRA": "reset_every", "COLA": "link_steps"}[name]
+        model = getattr(pt, name)(r=2, target_modules=KINDS_TARGETS[kind], **{every: 2}).attach(fresh(kind))
     model.train()
     before = picture(model)
     first = pt.diagnose(model, rows)
