@@ -91,7 +91,7 @@ class Hooks:
 def _check(model: nn.Module, method: Any) -> None:
     """Raise ValueError for a method that would do nothing: the model would be trained as if it weren't there."""
     kind = method.__name__ if isinstance(method, type) else type(method).__name__
-    known = type(method) in methods().values()
+    known = isinstance(method, tuple(methods().values()))  # or of a class made of one of them
     if known and method not in [attachment.method for attachment in attached(model).values()]:
         raise ValueError(
             f"method={kind}(…) isn't attached to this model, so nothing of it would train. Attach it first, "

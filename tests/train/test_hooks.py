@@ -253,9 +253,15 @@ def test_chosen_entries_are_in_their_weights_before_a_method_looks() -> None:
     assert seen == [True, True]
 
 
+class Own(DiffPruning):
+    """Somebody's variant of a method."""
+
+
 @pytest.mark.parametrize(
     ("method", "says"),
     [
+        (Own(), r"method=Own\(…\) isn't attached"),
+        ([LoRA()], "method=list has nothing to say"),
         (ChildTuningF(), r"method=ChildTuningF\(…\) isn't attached to this model.*Attach it first"),
         (LoRA(), r"method=LoRA\(…\) isn't attached"),
         (DiffPruning(), r"method=DiffPruning\(…\) isn't attached"),
