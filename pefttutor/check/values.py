@@ -15,7 +15,10 @@ RTOL, ATOL = 1e-4, 1e-6  # float32, a few hundred terms in a sum
 def describe(value: Any) -> str:
     """A value in a few words: a tensor by dtype and shape, a module by its class, a small thing by itself."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return (
+            f"{dtype} {tuple(value.shape)}" if value.ndim or value.is_meta else f"{dtype} {value.item():.4g}"
+        )
     if isinstance(value, nn.Module):
         return f"a {type(value).__name__}"
     if isinstance(value, Mapping):
@@ -90,7 +93,7 @@ def close(came: Any, expected: Any, *, rtol: float = RTOL, atol: float = ATOL) -
 
 
 def _close(came: Any, expected: Any, rtol: float, atol: float) -> bool:
-    if isinstance(expected, float) and isinstance(came, Tensor) and came.ndim == 0:
+    if isinstance(expected, int | float) and isinstance(came, Tensor) and came.ndim == 0:
         came = came.item()
     if isinstance(expected, float) and isinstance(came, float | int):
         came, expected = torch.tensor(float(came)), torch.tensor(expected)

@@ -314,5 +314,6 @@ def test_of_two_long_lists_the_first_difference_is_shown():
 
 def test_a_tensor_of_one_number_is_a_number():
     assert same_result(lambda x: torch.tensor(x) / 2, lambda x: x / 2, {"x": 3.0}) == 1.5
-    with pytest.raises(AssertionError, match=r"expected *1\.5"):
+    assert same_result(lambda x: torch.tensor(x), lambda x: x, {"x": 3}) == 3
+    with pytest.raises(AssertionError, match=r"expected *1\.5\n *came *float32 3"):
         same_result(lambda x: torch.tensor(x), lambda x: x / 2, {"x": 3.0})
