@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching, learning
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.added import steps_of
 from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank
 from pefttutor.parts.restarting import add_restarting, merge_due, not_merged
 from pefttutor.parts.settings import check_whole
@@ -92,7 +92,7 @@ class COLA:
         mine, trained = learning(model, self), [p for p in model.parameters() if p.requires_grad]
         if not mine:
             return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-        counter = model.get_buffer(added_key(COUNTER, mine[0].name))
+        counter = steps_of(model, COUNTER, mine[0].name)
         return ForgettingAdamW(
             trained, counter=counter, every=self.link_steps, lr=lr, weight_decay=weight_decay
         )
