@@ -33,8 +33,10 @@ __all__ = [
     "adapted",
     "attached",
     "attaching",
+    "attachments_of",
     "detach",
     "find",
+    "find_own",
     "freeze",
     "learning",
     "merge",
@@ -120,9 +122,32 @@ def adapted(model: nn.Module, name: str | None = None) -> Any:
     return next((attachment.method for attachment in attached(model).values()), None)
 
 
+def attachments_of(model: nn.Module, method: Any) -> list[Attachment]:
+    """The attachments of this method, whether or not they take effect."""
+    return [a for a in attached(model).values() if a.method == method]
+
+
+def find_own(model: nn.Module, method: Any, name: str | None, *, changing: str) -> Attachment:
+    """The attachment of this method whose values a function of it is to change: that of the name, or its only one.
+
+    changing: what is changed, for the message.
+
+    Raises: ValueError if there is none, or several, or the name is another method's; RuntimeError if it is merged.
+    """
+    mine = attachments_of(model, method)
+    attachment = mine[0] if name is None and len(mine) == 1 else find(model, name)
+    if attachment.method != method:
+        raise ValueError(f"{attachment.name!r} is {attachment.method}, and not this method, {method}.")
+    if attachment.merged:
+        raise RuntimeError(
+            f"{attachment.name!r} is merged with the {changing} it had: pefttutor.unmerge(model) first."
+        )
+    return attachment
+
+
 def learning(model: nn.Module, method: Any) -> list[Attachment]:
     """The attachments of this method that take effect and train, for its hooks."""
-    return [a for a in attached(model).values() if a.method == method and a.learns]
+    return [a for a in attachments_of(model, method) if a.learns]
 
 
 def trained_by(model: nn.Module, method: Any) -> list[nn.Parameter]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels.orthogonality import off_orthogonal_norms
-from pefttutor.method import DEFAULT, Attachment, attached, attaching
-from pefttutor.parts.added import step_counter
-from pefttutor.parts.attachment import added_key
+from pefttutor.method import DEFAULT, attaching, attachments_of, learning
+from pefttutor.parts.added import NO_STEP, step_counter, steps_of
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.settings import check_choice, check_number, check_whole
 from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets
 
@@ -127,7 +127,11 @@ class AdaLoRA:
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
         """How many triplets each layer has been given, by its name in the model."""
-        return {part.path: int(part.held(KEPT).sum()) for a in self._mine(model) for part in _triplets(a)}
+        return {
+            part.path: int(part.held(KEPT).sum())
+            for a in attachments_of(model, self)
+            for part in of_kind(a.parts, Triplets)
+        }
 
     def budget(self, step: int, layers: int) -> int:
         """How many triplets all layers have together after a step, counted from 0: cubic between tinit and tfinal."""
@@ -140,7 +144,7 @@ class AdaLoRA:
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep the rows of Q and the columns of P orthogonal."""
-        triplets = [part.triplets for a in self._mine(model) if a.learns for part in _triplets(a)]
+        triplets = [part.triplets for a in learning(model, self) for part in of_kind(a.parts, Triplets)]
         if not triplets or not self.orth_reg_weight:
             return torch.zeros((), requires_grad=True)
         norms = off_orthogonal_norms([Q for _, Q, _ in triplets], [P for _, _, P in triplets])
@@ -148,9 +152,8 @@ class AdaLoRA:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Learn from the step what counts, and give out the ranks where that is due."""
-        for attachment in self._mine(model):
-            if attachment.learns:
-                self._allocate(_triplets(attachment), model.get_buffer(added_key(COUNTER, attachment.name)))
+        for attachment in learning(model, self):
+            self._allocate(of_kind(attachment.parts, Triplets), steps_of(model, COUNTER, attachment.name))
 
     def _allocate(self, parts: list[Triplets], counter: Tensor) -> None:
         assert self.total_step is not None
@@ -177,13 +180,10 @@ class AdaLoRA:
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the budget has come down to its target, and if not, why."""
-        for attachment in self._mine(model):
-            done, layers = int(model.get_buffer(added_key(COUNTER, attachment.name))), _triplets(attachment)
+        for attachment in learning(model, self):
+            done, layers = int(steps_of(model, COUNTER, attachment.name)), of_kind(attachment.parts, Triplets)
             if done == 0:
-                return (
-                    f"the budget never moved from {self.init_r * len(layers)} ranks, for after_step was never called: "
-                    "train with pefttutor.fit, or with callbacks=[pefttutor.callback()] in a Trainer"
-                )
+                return f"the budget never moved from {self.init_r * len(layers)} ranks, for {NO_STEP}"
             if self.total_step is not None and done < self.total_step:
                 now = self.budget(done - 1, len(layers))
                 return (
@@ -191,10 +191,3 @@ class AdaLoRA:
                     f"{done} of total_step={self.total_step} steps: train on, or give total_step={done}"
                 )
         return None
-
-    def _mine(self, model: nn.Module) -> list[Attachment]:
-        return [a for a in attached(model).values() if a.method == self]
-
-
-def _triplets(attachment: Attachment) -> list[Triplets]:
-    return [part for part in attachment.parts if isinstance(part, Triplets)]

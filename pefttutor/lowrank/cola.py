@@ -8,7 +8,7 @@ before it have left over. Nothing of the last link's optimizer is kept, neither 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching, learning
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.added import steps_of
 from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank
 from pefttutor.parts.restarting import add_restarting, merge_due, not_merged
 from pefttutor.parts.settings import check_whole
@@ -88,14 +88,14 @@ class COLA:
         return count_lowrank(model, self, lambda n_in, n_out: self.r * (n_in + n_out), words=False)
 
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW that forgets everything where a link ends."""
+        """AdamW that forgets all it knows of what this method trains where a link ends."""
         mine, trained = learning(model, self), [p for p in model.parameters() if p.requires_grad]
         if not mine:
             return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-        counter = model.get_buffer(added_key(COUNTER, mine[0].name))
         return ForgettingAdamW(
-            trained, counter=counter, every=self.link_steps, lr=lr, weight_decay=weight_decay
-        )
+            trained, links=mine[0].trained(), counter=steps_of(model, COUNTER, mine[0].name),
+            every=self.link_steps, lr=lr, weight_decay=weight_decay,
+        )  # fmt: skip
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Count, and tie a knot where a link ends."""
@@ -109,14 +109,17 @@ class COLA:
 
 
 class ForgettingAdamW(torch.optim.AdamW):
-    """AdamW that is as new after every so many steps, which somebody else counts."""
+    """AdamW that is as new for some parameters, the links, after every so many steps, which somebody else counts."""
 
-    def __init__(self, params: Any, *, counter: torch.Tensor, every: int, **how: Any) -> None:
+    def __init__(
+        self, params: Any, *, links: Iterable[torch.Tensor], counter: torch.Tensor, every: int, **how: Any
+    ) -> None:
         super().__init__(params, **how)
-        self.counter, self.every = counter, every
+        self.links, self.counter, self.every = list(links), counter, every
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = super().step(closure)
         if (int(self.counter) + 1) % self.every == 0:
-            self.state.clear()
+            for parameter in self.links:
+                self.state.pop(parameter, None)
         return loss

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.method import DEFAULT, attaching, learning
-from pefttutor.parts.added import step_counter
-from pefttutor.parts.attachment import added_key
+from pefttutor.parts.added import NO_STEP, step_counter, steps_of
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.settings import check_number, check_whole
 
 __all__ = ["DeltaLoRA"]
@@ -95,20 +95,18 @@ class DeltaLoRA:
     def after_step(self, model: nn.Module, step: int) -> None:
         """Count; at step K note A and B, from which on the weight moves along."""
         for attachment in learning(model, self):
-            counter = model.get_buffer(added_key(COUNTER, attachment.name))
+            counter = steps_of(model, COUNTER, attachment.name)
             counter += 1
             if int(counter) == self.start_steps:
-                for part in [part for part in attachment.parts if isinstance(part, Carried)]:
+                for part in of_kind(attachment.parts, Carried):
                     part.begin(self.update_ratio)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the weight has moved at all."""
         for attachment in learning(model, self):
-            done = int(model.get_buffer(added_key(COUNTER, attachment.name)))
+            done = int(steps_of(model, COUNTER, attachment.name))
             if done <= self.start_steps and self.update_ratio:
-                why = (
-                    "give a smaller one" if done else "after_step was never called: train with pefttutor.fit"
-                )
+                why = "give a smaller one" if done else NO_STEP
                 return f"it was LoRA all along, for {done} steps came before start_steps={self.start_steps}: {why}"
         return None
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.method import DEFAULT, Attachment, attaching, find, learning
-from pefttutor.parts.added import step_counter
-from pefttutor.parts.attachment import added_key
+from pefttutor.method import DEFAULT, attaching, find_own, learning
+from pefttutor.parts.added import NO_STEP, step_counter, steps_of
 from pefttutor.parts.drawing import drawn_again
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.settings import check_choice
 
 __all__ = ["DyLoRA"]
@@ -104,48 +104,35 @@ class DyLoRA:
         Raises: ValueError for a rank that isn't among 1 … r, and without an attachment of this method; RuntimeError if
             it is merged.
         """
-        attachment = find(model, name)
-        if attachment.method != self:
-            raise ValueError(f"{attachment.name!r} is {attachment.method}, and not this method, {self}.")
-        if attachment.merged:
-            raise RuntimeError(
-                f"{attachment.name!r} is merged with the rank it had: pefttutor.unmerge(model) first."
-            )
+        attachment = find_own(model, self, name, changing="rank")
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= self.r:
             raise ValueError(f"rank is {rank!r}; it must be a whole number from 1 to r, {self.r}.")
-        for part in _nested(attachment):
+        for part in of_kind(attachment.parts, Nested):
             part.held(RANKS)[1] = rank
         return model
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Note what the optimizer may not move."""
         for attachment in learning(model, self):
-            for part in _nested(attachment):
+            for part in of_kind(attachment.parts, Nested):
                 part.note()
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Put back what wasn't drawn, and draw the next step's rank."""
         for attachment in learning(model, self):
-            counter = model.get_buffer(added_key(COUNTER, attachment.name))
+            counter = steps_of(model, COUNTER, attachment.name)
             counter += 1
             rank = self.drawn_rank(int(counter))
-            for part in _nested(attachment):
+            for part in of_kind(attachment.parts, Nested):
                 part.put_back()
                 part.held(RANKS)[0] = rank
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether ranks were drawn at all."""
         for attachment in learning(model, self):
-            if not int(model.get_buffer(added_key(COUNTER, attachment.name))):
-                return (
-                    "only one rank was trained, for after_step was never called: train with pefttutor.fit, or with "
-                    "callbacks=[pefttutor.callback()] in a Trainer"
-                )
+            if not int(steps_of(model, COUNTER, attachment.name)):
+                return f"only one rank was trained, for {NO_STEP}"
         return None
-
-
-def _nested(attachment: Attachment) -> list[Nested]:
-    return [part for part in attachment.parts if isinstance(part, Nested)]
 
 
 class Nested(LowRank):

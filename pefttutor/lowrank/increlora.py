@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.kernels.orthogonality import off_orthogonal
-from pefttutor.method import DEFAULT, Attachment, attached, attaching, learning
-from pefttutor.parts.added import step_counter
-from pefttutor.parts.attachment import added_key
+from pefttutor.method import DEFAULT, attaching, attachments_of, learning
+from pefttutor.parts.added import NO_STEP, step_counter, steps_of
 from pefttutor.parts.growing import Growing
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.settings import check_choice, check_number, check_whole
 from pefttutor.parts.triplets import draw_triplets
 
@@ -52,8 +52,11 @@ class IncreLoRA:
         grows from r to r + 1 shrinks what it has learned to r / (r + 1).
 
     A layer is scored by Ī · Ū, where Ī averages I = Σ |ΔW ⊙ ∂L/∂ΔW| / √(in · out), and Ū averages |I − Ī|; that is the
-    released code's. The steps are counted across calls of `fit`. The optimizer counts its steps for whole tensors, and
-    so it doesn't hold a new triplet's first steps back as AdamW does at its start.
+    released code's. The steps are counted across calls of `fit`.
+
+    A new triplet has no warm-up: it learns at the rate that the schedule has come to, and AdamW, which counts its steps
+    for whole tensors, doesn't hold its first steps back as at the start. (The paper has a restart warmup for each piece
+    that is added, `multi_lr` in the released code.)
 
     Shapes: P (out, max_r), λ (max_r, 1), Q (max_r, in).
     Cost: it holds max_r · (in + out + 1) values a layer (`count`), of which those of the ranks given out train. Until
@@ -124,7 +127,7 @@ class IncreLoRA:
     def ranks(self, model: nn.Module) -> dict[str, int]:
         """How many triplets each layer has been given, by its name in the model."""
         return {
-            part.path: part.rank for a in attached(model).values() if a.method == self for part in _growing(a)
+            part.path: part.rank for a in attachments_of(model, self) for part in of_kind(a.parts, Growing)
         }
 
     def steps_needed(self, layers: int) -> int:
@@ -135,7 +138,7 @@ class IncreLoRA:
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What is added to the loss to keep the rows of Q and the columns of P orthogonal, of the triplets in use."""
-        parts = [part for a in learning(model, self) for part in _growing(a)]
+        parts = [part for a in learning(model, self) for part in of_kind(a.parts, Growing)]
         if not parts or not self.orth_reg_weight:
             return torch.zeros((), requires_grad=True)
         norms = [off_orthogonal(rows).norm() for part in parts for rows in part.rows_in_use()]
@@ -144,7 +147,7 @@ class IncreLoRA:
     def after_step(self, model: nn.Module, step: int) -> None:
         """Learn from the step which layers count, and give them rank where that is due."""
         for attachment in learning(model, self):
-            self._grow(_growing(attachment), model.get_buffer(added_key(COUNTER, attachment.name)))
+            self._grow(of_kind(attachment.parts, Growing), steps_of(model, COUNTER, attachment.name))
 
     def _grow(self, parts: list[Growing], counter: Tensor) -> None:
         step, total = int(counter), sum(part.rank for part in parts)
@@ -180,13 +183,10 @@ class IncreLoRA:
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether all ranks were given out, and if not, why."""
         for attachment in learning(model, self):
-            parts, done = _growing(attachment), int(model.get_buffer(added_key(COUNTER, attachment.name)))
+            parts, done = of_kind(attachment.parts, Growing), int(steps_of(model, COUNTER, attachment.name))
             total, wanted = sum(part.rank for part in parts), self.target_r * len(parts)
             if total < wanted and done == 0:
-                return (
-                    f"the ranks never grew from {total}, for after_step was never called: train with pefttutor.fit, or "
-                    "with callbacks=[pefttutor.callback()] in a Trainer"
-                )
+                return f"the ranks never grew from {total}, for {NO_STEP}"
             if total < wanted:
                 return (
                     f"the ranks have come to {total}, not to {wanted}, for the training had {done} steps and growing "
@@ -194,7 +194,3 @@ class IncreLoRA:
                     "top_h"
                 )
         return None
-
-
-def _growing(attachment: Attachment) -> list[Growing]:
-    return [part for part in attachment.parts if isinstance(part, Growing)]

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.method import DEFAULT, Attachment, attached, attaching, find
+from pefttutor.method import DEFAULT, Attachment, attached, attaching, find, find_own
 from pefttutor.parts.added import Shared
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.lowrank_layer import Factored, LowRank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.searching import search
 from pefttutor.parts.settings import check_choice, check_names, check_number, check_whole
 
@@ -141,15 +142,8 @@ class LoRAHub:
                 module.training = training
 
     def _held(self, model: nn.Module, name: str | None) -> Tensor:
-        mine = [a for a in attached(model).values() if a.method == self]
-        attachment = mine[0] if name is None and len(mine) == 1 else find(model, name)
-        if attachment.method != self:
-            raise ValueError(f"{attachment.name!r} is {attachment.method}, and not this method, {self}.")
-        if attachment.merged:
-            raise RuntimeError(
-                f"{attachment.name!r} is merged with the weights it had: pefttutor.unmerge(model) first."
-            )
-        return next(part for part in attachment.parts if isinstance(part, Shared)).trained()[0]
+        attachment = find_own(model, self, name, changing="weights")
+        return of_kind(attachment.parts, Shared)[0].trained()[0]
 
     def _places(self, model: nn.Module) -> dict[str, list[LowRank]]:
         """The plug-ins' changes at each layer, by the layer's name."""

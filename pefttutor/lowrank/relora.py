@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pefttutor.method import DEFAULT, Attachment, attaching, learning
-from pefttutor.parts.attachment import added_key
+from pefttutor.method import DEFAULT, attaching, learning
+from pefttutor.parts.added import steps_of
 from pefttutor.parts.lowrank_targets import check_lowrank, count_lowrank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.restarting import Restarting, RestartingAdamW, add_restarting, merge_due, not_merged
 from pefttutor.parts.settings import check_number, check_whole
 
@@ -100,12 +101,12 @@ class ReLoRA:
     def optimizer(self, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """AdamW that takes part in the restarts."""
         mine = learning(model, self)
-        factors = [p for attachment in mine for part in _restarting(attachment) for p in part.trained()]
+        factors = [p for a in mine for part in of_kind(a.parts, Restarting) for p in part.trained()]
         trained = [p for p in model.parameters() if p.requires_grad]
         if not mine:
             return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
         return RestartingAdamW(
-            trained, factors=factors, counter=model.get_buffer(added_key(COUNTER, mine[0].name)),
+            trained, factors=factors, counter=steps_of(model, COUNTER, mine[0].name),
             every=self.reset_every, warmup=self.restart_warmup_steps, cut=self.optimizer_magnitude_pruning,
             lr=lr, weight_decay=weight_decay,
         )  # fmt: skip
@@ -119,7 +120,3 @@ class ReLoRA:
         """Whether anything was merged."""
         reasons = [not_merged(model, a, COUNTER, "reset_every") for a in learning(model, self)]
         return next(filter(None, reasons), None)
-
-
-def _restarting(attachment: Attachment) -> list[Restarting]:
-    return [part for part in attachment.parts if isinstance(part, Restarting)]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pefttutor.method import DEFAULT, attached, attaching, learning
-from pefttutor.parts.added import step_counter
-from pefttutor.parts.attachment import added_key
+from pefttutor.method import DEFAULT, attaching, attachments_of, learning
+from pefttutor.parts.added import NO_STEP, step_counter, steps_of
 from pefttutor.parts.lowrank_layer import LowRank, draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
+from pefttutor.parts.part import of_kind
 from pefttutor.parts.settings import check_number
 
 __all__ = ["SoRA", "soft_threshold"]
@@ -119,22 +119,17 @@ class SoRA:
             for part in self._gated(model, learning=True):
                 part.gate.copy_(soft_threshold(part.gate, self.sparse_lambda_2))
         for attachment in learning(model, self):
-            counter = model.get_buffer(added_key(COUNTER, attachment.name))
+            counter = steps_of(model, COUNTER, attachment.name)
             counter += 1
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether gates were pulled to zero at all."""
-        never = [a for a in learning(model, self) if not int(model.get_buffer(added_key(COUNTER, a.name)))]
-        if not never:
-            return None
-        return (
-            "no gate was pulled to zero, for after_step was never called: train with pefttutor.fit, or with callbacks="
-            "[pefttutor.callback()] in a Trainer"
-        )
+        never = [a for a in learning(model, self) if not int(steps_of(model, COUNTER, a.name))]
+        return f"no gate was pulled to zero, for {NO_STEP}" if never else None
 
     def _gated(self, model: nn.Module, *, learning: bool = False) -> list[Gated]:
-        mine = [a for a in attached(model).values() if a.method == self and (a.learns or not learning)]
-        return [part for a in mine for part in a.parts if isinstance(part, Gated)]
+        mine = [a for a in attachments_of(model, self) if a.learns or not learning]
+        return [part for a in mine for part in of_kind(a.parts, Gated)]
 
 
 class Gated(LowRank):

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.part import Key, Part, hold, let_go
 
-__all__ = ["Added", "Shared", "step_counter"]
+__all__ = ["NO_STEP", "Added", "Shared", "step_counter", "steps_of"]
+
+NO_STEP = (  # why a method has counted none
+    "after_step was never called: train with pefttutor.fit, or with callbacks=[pefttutor.callback()] in a Trainer"
+)
 
 
 class Added(Part):
@@ -72,3 +76,8 @@ def step_counter(model: nn.Module, key: str, name: str) -> Added:
     """A number in the model, 0 at first, in which a method counts its steps across calls of `fit`."""
     counter = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     return Added([(model, "", added_key(key, name), counter)])
+
+
+def steps_of(model: nn.Module, key: str, name: str) -> Tensor:
+    """That number, to be read and counted on in place."""
+    return model.get_buffer(added_key(key, name))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pefttutor.kernels.precision import unrounded
 from pefttutor.parts.layer_change import Compute
 from pefttutor.parts.lowrank_layer import LowRank
 from pefttutor.parts.triplets import STD
@@ -83,7 +84,8 @@ class Growing(LowRank):
         if not (self.watches and self.layer.training and torch.is_grad_enabled()):
             return super().forward(inner, own, x, *args, **kwargs)
         A, B = self.factors
-        delta = self.scaling * (B @ A)
+        with unrounded(B):  # in half precision nothing is left of a λ of 0.00001
+            delta = self.scaling * (B @ A)
         if delta.requires_grad:
             delta.register_hook(partial(self.note, delta.detach()))
         y = inner(x, *args, **kwargs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["Part", "hold", "let_go"]
+__all__ = ["Part", "hold", "let_go", "of_kind"]
 
+Kind = TypeVar("Kind")
 Key = tuple[nn.Module, str]  # a tensor's place: the module that holds it, and what it calls it
 
 
@@ -126,6 +127,11 @@ class Part:
     def covers(self, module: nn.Module) -> bool:
         """Whether this part has changed what `module` computes."""
         return False
+
+
+def of_kind(parts: Iterable[Part], kind: type[Kind]) -> list[Kind]:
+    """Those of an attachment's parts that are of this kind, in their order."""
+    return [part for part in parts if isinstance(part, kind)]
 
 
 def owners(model: nn.Module, parameter: Tensor) -> list[Key]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttutor.parts.added import step_counter
-from pefttutor.parts.attachment import Attachment, added_key
+from pefttutor.parts.added import NO_STEP, step_counter, steps_of
+from pefttutor.parts.attachment import Attachment
 from pefttutor.parts.freezing import Whole
 from pefttutor.parts.linear import stored_as
 from pefttutor.parts.lowrank_layer import LowRank, as_in_linear, draw_factors
 from pefttutor.parts.lowrank_targets import add_lowrank
-from pefttutor.parts.part import owners_of_each
+from pefttutor.parts.part import of_kind, owners_of_each
 
 __all__ = [
     "Restarting",
@@ -87,35 +87,26 @@ def add_restarting(new: Attachment, model: nn.Module, counter: str) -> None:
     generator = torch.Generator().manual_seed(new.method.init_seed)
     factors = partial(draw_factors, r=new.method.r, generator=generator)
     add_lowrank(new, model, factors, Restarting, words=False)
-    new.add(Rewritten(model, [part for part in new.parts if isinstance(part, Restarting)]))
+    new.add(Rewritten(model, of_kind(new.parts, Restarting)))
     new.add(step_counter(model, counter, new.name))
 
 
 def merge_due(model: nn.Module, attachment: Attachment, counter: str, every: int) -> None:
     """Count a step, and after every so many merge and restart, each time with other draws."""
-    done = model.get_buffer(added_key(counter, attachment.name))
+    done = steps_of(model, counter, attachment.name)
     done += 1
     if int(done) % every == 0:
         generator = torch.Generator().manual_seed(attachment.method.init_seed + int(done))
-        for part in attachment.parts:
-            if isinstance(part, Restarting):
-                part.restart(generator)
+        for part in of_kind(attachment.parts, Restarting):
+            part.restart(generator)
 
 
 def not_merged(model: nn.Module, attachment: Attachment, counter: str, field: str) -> str | None:
     """Why nothing was merged, if nothing was. field: of the method, the steps between merges."""
-    done, every = (
-        int(model.get_buffer(added_key(counter, attachment.name))),
-        getattr(attachment.method, field),
-    )
+    done, every = int(steps_of(model, counter, attachment.name)), getattr(attachment.method, field)
     if done >= every:
         return None
-    why = (
-        f"the training had {done} steps: give a smaller one"
-        if done
-        else "after_step was never called: train with pefttutor.fit, or with callbacks=[pefttutor.callback()] in a "
-        "Trainer"
-    )
+    why = f"the training had {done} steps: give a smaller one" if done else NO_STEP
     return f"nothing was merged in {field}={every} steps, for {why}"
 
 

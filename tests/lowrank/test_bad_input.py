@@ -46,14 +46,27 @@ def test_mora_refuses_a_square_that_is_larger_than_the_layer():
 SCHEDULED = [name for name in lowrank.__all__ if hasattr(getattr(pt, name), "after_step")]
 
 
+def scheduled(name: str):
+    own = {"AdaLoRA": {"init_r": 2, "target_r": 1, "total_step": 5}, "IncreLoRA": {"target_r": 2, "max_r": 3}}
+    return getattr(pt, name)(**own.get(name, {"r": 2}), target_modules=("0",))
+
+
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_a_step_that_is_never_called_is_told(name):
     """As a loop of one's own, or a Trainer without the callback, ends."""
-    own = {"AdaLoRA": {"init_r": 2, "target_r": 1, "total_step": 5}, "IncreLoRA": {"target_r": 2, "max_r": 3}}
-    method = getattr(pt, name)(**own.get(name, {"r": 2}), target_modules=("0",))
-    model = method.attach(nn.Sequential(nn.Linear(12, 9)))
+    model = scheduled(name).attach(nn.Sequential(nn.Linear(12, 9)))
     model(torch.ones(1, 12)).sum().backward()
-    with pytest.warns(UserWarning, match=f"{name}: .*after_step was never called"):
+    with pytest.warns(UserWarning, match=f"{name}: .*after_step was never called.* in a Trainer"):
         Hooks(model).warn_of_unfinished()
     assert "SoRA" in SCHEDULED
     assert len(SCHEDULED) >= 7
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_one_that_is_switched_off_has_no_steps_to_miss(name):
+    """Its twin, of equal settings under another name, takes all."""
+    model = scheduled(name).attach(nn.Sequential(nn.Linear(12, 9)), name="idle")
+    scheduled(name).attach(pt.switch(model), name="it")
+    model(torch.ones(1, 12)).sum().backward()
+    Hooks(model).after_step(0)
+    assert "never called" not in (scheduled(name).unfinished(model) or "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pefttutor import COLA, LoRA, attached, detach, fit, load, save
+from pefttutor import COLA, LoRA, attached, detach, fit, load, save, switch
 from pefttutor.train.hooks import Hooks
 from tests.lowrank.peers import assert_same_as_peft, drawn, lora_config
 from tests.memory.models import assert_estimate_is_measured
@@ -68,6 +68,23 @@ def test_a_chain_is_a_lora_after_the_other_each_merged_and_trained_by_an_optimiz
     torch.testing.assert_close(model[0].weight, other[0].weight, rtol=1e-9, atol=1e-11)
     rank = torch.linalg.matrix_rank(model[0].weight - layer()[0].weight, tol=1e-9)
     assert rank == 2 * links
+
+
+def test_the_optimizer_forgets_its_links_and_nothing_of_what_trains_beside_them():
+    """The head that the method trains begins anew with each link; a LoRA of another name goes on."""
+    model = nn.Sequential(layer()[0], nn.Linear(9, 9).double())
+    LoRA(r=1, target_modules=("0",)).attach(model, name="beside")
+    COLA(r=2, link_steps=2, target_modules=("0",), modules_to_save=("1",)).attach(model, name="it")
+    hooks = Hooks(switch(model, "beside", "it"))
+    optimizer = hooks.optimizer(lr=0.01, weight_decay=0.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        wide_loss(model, {"x": ROWS[0]["x"]}).backward()
+        optimizer.step()
+        hooks.after_step(step)
+    taken = {name: int(optimizer.state[p]["step"]) for name, p in model.named_parameters() if p.requires_grad}
+    links = dict.fromkeys(("0.lora_A@it", "0.lora_B@it", "1.weight", "1.bias"), 1)
+    assert taken == {"0.lora_A@beside": 3, "0.lora_B@beside": 3} | links
 
 
 def test_a_merge_leaves_the_function_as_it_is():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -71,7 +72,11 @@ def test_what_counts_and_what_learns_in_advance_against_dense_autograd(by_rank):
     assert not part.held("lora_E").grad[2:].any()
     assert part.held("lora_A").grad[2].any()
     assert not part.held("lora_A").grad[3:].any()
-    torch.testing.assert_close(part.seen, (dense.detach() * dense.grad).abs().sum() / 56**0.5)
+    once = (dense.detach() * dense.grad).abs().sum() / 56**0.5
+    torch.testing.assert_close(part.seen, once)
+    model(x).square().sum().backward()  # a second pass before the step
+    model.eval()(x).square().sum().backward()  # and one that isn't training
+    torch.testing.assert_close(part.seen, 2 * once)
     torch.testing.assert_close(part.delta(), dense.detach())
 
 
@@ -84,6 +89,29 @@ def test_a_layer_counts_by_its_averaged_sensitivity_and_uncertainty():
         sensitivity = 0.8 * sensitivity + 0.2 * now
         uncertainty = 0.6 * uncertainty + 0.4 * abs(now - sensitivity)
         assert part.score().item() == pytest.approx(sensitivity * uncertainty)
+    part.learn_importance(0.8, 0.6)  # no pass came through
+    sensitivity *= 0.8
+    assert part.score().item() == pytest.approx(sensitivity * (0.6 * uncertainty + 0.4 * sensitivity))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_under_autocast_what_learns_in_advance_is_seen_and_learns(dtype):
+    """All that ΔW has at first is λ = 0.00001, less than half precision can tell from nothing."""
+    x, found = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)), []
+    for cast in (False, True):
+        model = IncreLoRA(target_r=2, max_r=4, **TWO).attach(net().float()).train()
+        for part in parts_of(model):
+            part.reserve(1, torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", dtype=dtype, enabled=cast):
+            loss = 1e3 * model(x).square().sum()
+        loss.backward()
+        part = parts_of(model)[0]
+        found.append([part.seen.clone(), part.held("lora_A").grad[1], part.held("lora_B").grad[:, 1]])
+        part.learn_importance(0.8, 0.6)
+        assert part.score() > 0
+    for exact, cast in zip(*found, strict=True):
+        assert cast.dtype == torch.float32
+        assert (exact - cast).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize(("by_rank", "shrinks"), [(False, 1.0), (True, 2 / 3)])
@@ -95,7 +123,27 @@ def test_a_layer_that_grows_keeps_its_function_unless_s_follows_the_rank(by_rank
     before = part.delta()
     part.grow(1)
     torch.testing.assert_close(part.delta(), shrinks * before, rtol=1e-4, atol=1e-6)
-    assert part.rank == 3
+    assert part.held("lora_rank").tolist() == [3, 0]
+    assert part.held("lora_E")[2].item() == AHEAD
+
+
+def test_what_learns_in_advance_is_drawn_once():
+    """Asked to hold more in advance, or given rank, a layer keeps what has learned."""
+    part = parts_of(drawn(IncreLoRA(target_r=3, max_r=5, **TWO).attach(net())))[0]
+    _, Q, P = part.triplets
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for ahead in (1, 2):
+        part.reserve(ahead, generator)
+        rows.append((Q.detach().clone(), P.detach().clone()))
+    part.grow(1)
+    part.reserve(2, generator)
+    rows.append((Q.detach().clone(), P.detach().clone()))
+    for k, (before, after) in enumerate(itertools.pairwise(rows), start=2):
+        for one, other in ((before[0], after[0]), (before[1].T, after[1].T)):
+            assert torch.equal(one[:k], other[:k])
+            assert not torch.isclose(one[k], other[k]).any()  # the next one is drawn anew
+            assert torch.equal(one[k + 1 :], other[k + 1 :])
 
 
 def test_ranks_grow_where_the_loss_asks_for_them_until_all_are_given_out():
@@ -138,6 +186,10 @@ def test_the_penalty_is_that_of_the_triplets_in_use():
     torch.testing.assert_close(found, expected)
     found.backward()
     assert not Q.grad[2:].any()
+    parts_of(model)[0].reserve(1, torch.Generator().manual_seed(0))
+    eye = torch.eye(3, dtype=F64)
+    expected = 0.3 * ((Q[:3] @ Q[:3].T - eye).norm() + (P[:, :3].T @ P[:, :3] - eye).norm()) / 2
+    torch.testing.assert_close(Hooks(model).penalty(), expected)
 
 
 def test_a_saved_one_goes_on_growing(tmp_path):
