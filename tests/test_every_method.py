@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pefttutor as pt
 from pefttutor.method import DEFAULT, Counts, Method
+from pefttutor.parts.blocks import blocks
 from pefttutor.parts.entries import entries
 from pefttutor.train.hooks import Hooks
 from pefttutor.train.losses import causal_lm_loss
@@ -242,6 +243,35 @@ def test_next_to_bfloat16_it_starts_as_the_base_and_learns(name, kind):
     assert {p.dtype for n, p in model.named_parameters() if n in before and n not in others} <= {BF16}
     pt.detach(model)
     assert differences(tensors(base), tensors(model)) == []
+
+
+class _Reached(Exception):
+    """The block on the other device has been run."""
+
+
+@cells("llama", "bert")
+def test_a_block_on_another_device_finds_there_what_it_needs(name, kind):
+    """The meta device stands for a second card; what moves the hidden states comes after the method's own hooks."""
+    model = attached_to(name, kind)
+    if not any(p.requires_grad for p in model.parameters()):
+        pytest.skip("it adds nothing to a block")
+    block = blocks(model)[1][1].to("meta")
+
+    def moved_on(value):
+        if isinstance(value, tuple):
+            return tuple(map(moved_on, value))
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    def bring(module, args, kwargs):
+        return moved_on(args), {key: moved_on(value) for key, value in kwargs.items()}
+
+    def leave(module, args, output):
+        raise _Reached
+
+    block.register_forward_pre_hook(bring, with_kwargs=True)
+    block.register_forward_hook(leave)
+    with pytest.raises(_Reached):
+        model.train()(**batch_of(kind))
 
 
 SMALLEST = [  # each of these has a head called classifier

@@ -126,9 +126,9 @@ class _Stream:
 
     def _before(self, made: Tensor, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         each = made.view(self.count, len(self.layers), 2, *self.shape)[:, self.layers.index(index)]
-        rows = each.permute(1, 2, 0, 3).to(keys.dtype).unsqueeze(1).expand(-1, len(keys), -1, -1, -1)
+        rows = each.permute(1, 2, 0, 3).to(keys).unsqueeze(1).expand(-1, len(keys), -1, -1, -1)
         if index in self.gates:
-            rows = rows * self.gates[index]().to(keys.dtype).view(-1, 1, 1, 1)
+            rows = rows * self.gates[index]().to(keys).view(-1, 1, 1, 1)
         return torch.cat([rows[0], keys], 2), torch.cat([rows[1], values], 2)
 
     def attend(
