@@ -183,6 +183,6 @@ class _Numbers:
                 "or what turns its tokens into hidden states, not a block alone."
             )
         table = torch.cat([torch.zeros_like(vectors[:1]), vectors])  # row 0: nothing is added
-        number = self.number.to(table.device)  # which may be another one than the tokens'
+        number = self.number.to(table.device)  # the block's, which may be another one than the tokens'
         added: Tensor = table[number * (number <= len(vectors))]  # (batch, seq, d)
-        return hidden_states(args, kwargs, hidden + added.to(hidden))
+        return hidden_states(args, kwargs, hidden.to(added.device) + added.to(hidden.dtype))
