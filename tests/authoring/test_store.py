@@ -478,6 +478,7 @@ def test_pytest_nbval_is_strict_from_any_folder(tmp_path):
     written(deep, nbformat.v4.new_notebook(cells=[shown, wrong]), "01_a.ipynb")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only nbval's: quicker
+    environment.pop("PYTEST_ADDOPTS", None)  # such as another plugin's
     command = [sys.executable, "-m", "pytest", "-p", "nbval.plugin", "--nbval", "-q"]
     done = subprocess.run(command, cwd=deep, env=environment, capture_output=True, text=True, check=False)
     assert "1 failed, 1 passed" in done.stdout
