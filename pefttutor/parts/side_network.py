@@ -9,6 +9,7 @@ pairs by the angles that they had.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,31 +35,33 @@ WITHIN = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_
 class Stack:
     """A model's blocks, as a trial has shown them. path: of their list. around: the module that calls them.
 
-    norms: what it calls after them. width: of the residual stream. config: what the blocks were made from.
+    after: what it calls after them, norms as a rule. width: of the residual stream. config: what they were made from.
     """
 
     path: str
     around: nn.Module
     blocks: nn.ModuleList
-    norms: tuple[str, ...]
+    after: tuple[str, ...]
     width: int
     config: Any
 
 
 class Side(nn.Module):
-    """Narrower blocks in their order, and the norms after them: s ← block(g · s + (1 − g) · x), for each x and g."""
+    """Narrower blocks in their order, and what comes after them: s ← block(g · s + (1 − g) · x), for each x and g."""
 
-    def __init__(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], after: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.blocks, self.norms = nn.ModuleList(blocks), nn.ModuleList(norms)
+        self.blocks, self.after = nn.ModuleList(blocks), nn.ModuleList(after)
 
-    def forward(self, s: Tensor, read: list[Tensor], gates: list[Tensor], calls: list[dict[str, Any]]) -> Tensor:
+    def forward(
+        self, s: Tensor, read: list[Tensor], gates: list[Tensor], calls: list[dict[str, Any]]
+    ) -> Tensor:
         """`calls`: what each block is called with beside the hidden states. Shapes: (batch, seq, d/r) → the same."""
         for block, x, gate, call in zip(self.blocks, read, gates, calls, strict=True):
             s = block(gate * s + (1 - gate) * x, **call)
             s = s[0] if isinstance(s, tuple) else s
-        for norm in self.norms:
-            s = norm(s)
+        for module in self.after:
+            s = module(s)
         return s
 
 
@@ -70,17 +73,22 @@ def stack_of(model: Any) -> Stack:
     """
     path, stack = blocks(model)
     around = model.get_submodule(path.rpartition(".")[0])
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", True):
-        raise ValueError(_no_stack(model, "it has an encoder and a decoder, or no config"))
-    names = {id(m): name for name, m in around.named_children()}
-    order: list[tuple[nn.Module, Any, Any]] = []
+    config = getattr(model, "config", None)
+    if config is None or config.is_encoder_decoder:
+        reason = "it has no config" if config is None else "it has an encoder and a decoder"
+        raise ValueError(_no_stack(model, reason))
+    order: list[_Called] = []
     said: list[Tensor | None] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        order.append((module, hidden_states(args, kwargs) if module in set(stack) else None, output))
+        hidden = hidden_states(args, kwargs) if any(module is block for block in stack) else None
+        order.append(_Called(module, hidden, {id(x) for x in (*args, *kwargs.values())}, output))
 
-    called = [*stack, *(m for m in around.children() if m is not stack and any(True for _ in m.parameters()))]
-    handles = [module.register_forward_hook(note, with_kwargs=True) for module in called]
+    handles = [
+        m.register_forward_hook(note, with_kwargs=True)
+        for m in (*stack, *around.children())
+        if m is not stack
+    ]
     handles.append(around.register_forward_hook(lambda module, args, output: said.append(first(output))))
     try:
         with trial(model):
@@ -90,14 +98,17 @@ def stack_of(model: Any) -> Stack:
     finally:
         for handle in handles:
             handle.remove()
-    ends = [i for i, (module, *_) in enumerate(order) if module is stack[-1]]
-    run = [each for each in order if each[1] is not None]
-    after = [module for module, *_ in order[ends[-1] + 1 :]] if ends else []
-    reason = _why_not(stack, run, after, order[-1][2] if order else None, said)
-    if reason:
-        raise ValueError(_no_stack(model, reason))
-    config = getattr(around, "config", model.config)
-    return Stack(path, around, stack, tuple(names[id(m)] for m in after), run[0][1].shape[-1], config)
+    ends = [i for i, call in enumerate(order) if call.module is stack[-1]]
+    after = [call.module for call in order[ends[-1] + 1 :]] if ends else []
+    run = [call for call in order if call.hidden is not None]
+    last = first(order[-1].output) if order else None
+    if why := _why_not(stack, run, after, last, said):
+        raise ValueError(_no_stack(model, why))
+    names = {id(m): name for name, m in around.named_children()}
+    width = run[0].hidden.shape[-1]  # type: ignore[union-attr]
+    return Stack(
+        path, around, stack, tuple(names[id(m)] for m in after), width, getattr(around, "config", config)
+    )
 
 
 def _no_stack(model: nn.Module, reason: str) -> str:
@@ -107,20 +118,33 @@ def _no_stack(model: nn.Module, reason: str) -> str:
     )
 
 
-def _why_not(stack: Any, run: list[Any], after: list[nn.Module], last: Any, said: list[Any]) -> str | None:
+@dataclass
+class _Called:
+    """A module's call. hidden: the hidden states that a block got. given: the ids of all that the module got."""
+
+    module: nn.Module
+    hidden: Tensor | None
+    given: set[int]
+    output: Any
+
+
+def _why_not(
+    stack: nn.ModuleList, run: list[_Called], after: list[nn.Module], last: Tensor | None, said: list[Any]
+) -> str | None:
     """What keeps the calls of a trial from being one stack with norms after it, or None."""
-    if [module for module, *_ in run] != list(stack):
+    if [call.module for call in run] != list(stack):
         return "its blocks aren't called once each, one after the other"
-    shapes = {tuple(x.shape) for _, x, _ in run}
+    shapes = {tuple(call.hidden.shape) for call in run if call.hidden is not None}
     if len(shapes) > 1 or len(next(iter(shapes))) != 3 or next(iter(shapes))[0] != 1:
         return f"its blocks get hidden states of the shapes {sorted(shapes)}, not (batch, seq, d)"
-    for _, x, output in run:
-        handed = [t for t in output if isinstance(t, Tensor)] if isinstance(output, tuple) else [first(output)]
-        if len(handed) != 1 or handed[0] is None or handed[0].shape != x.shape:
+    for one, following in itertools.pairwise(run):
+        more = one.output[1:] if isinstance(one.output, tuple) else ()
+        if any(isinstance(x, Tensor) and id(x) in following.given for x in more):
             return "its blocks hand on more than hidden states"
-    if others := [type(m).__name__ for m in after if not is_norm(m)]:
-        return f"a {others[0]} reads what the blocks give, before anybody outside of them does"
-    if len(said) != 1 or said[0] is None or said[0].shape != first(last).shape:
+    others = [m for m in after if not is_norm(m) and any(True for _ in m.parameters())]
+    if others:
+        return f"a {type(others[0]).__name__} reads what the blocks give, before anybody outside of them does"
+    if last is None or len(said) != 1 or said[0] is None or said[0].shape != last.shape:
         return "what the blocks give isn't what the module around them gives"
     return None
 
@@ -136,7 +160,7 @@ def first(output: Any) -> Tensor | None:
 
 
 def narrower(found: Stack, reduction: int, kept: Sequence[int], seed: int) -> tuple[Side, Any]:
-    """Blocks as those of these indices, with their norms, r times as narrow, and the config that they are made from.
+    """Blocks as those of these indices, with what comes after them, r times as narrow, and the config of these.
 
     They have the values that their class draws from `seed`. No generator outside is changed.
 
@@ -153,13 +177,17 @@ def narrower(found: Stack, reduction: int, kept: Sequence[int], seed: int) -> tu
             f"no {kind} can be made with widths divided by {reduction} ({type(error).__name__}: {error}); give another "
             "reduction, or take Adapter or LoRA."
         ) from error
-    side = Side(made.get_submodule(found.path.rpartition(".")[2]), [getattr(made, name) for name in found.norms])
+    side = Side(
+        made.get_submodule(found.path.rpartition(".")[2]), [getattr(made, name) for name in found.after]
+    )
     if len(side.blocks) != len(kept):
         raise ValueError(f"a {kind} of {len(kept)} blocks has {len(side.blocks)}; give layers=None, for all.")
     for name, p, own in _pairs(found, side, kept):
-        if p.dim() != own.dim() or any(n not in (m, m // reduction) for n, m in zip(p.shape, own.shape, strict=True)):
+        if p.dim() != own.dim() or any(
+            n not in (m, m // reduction) for n, m in zip(p.shape, own.shape, strict=True)
+        ):
             raise ValueError(
-                f"{name!r} is {tuple(own.shape)} in this {kind} and {tuple(p.shape)} in one whose widths are divided by "
+                f"{name!r} is {tuple(own.shape)} in this {kind} and {tuple(p.shape)} in one with widths divided by "
                 f"{reduction}: expected each size, or that of it. Take Adapter or LoRA."
             )
     return side, small
@@ -169,13 +197,17 @@ def _divided(found: Stack, reduction: int, kept: Sequence[int]) -> Any:
     """The config with its widths divided, and as many layers as are kept."""
     small = copy.deepcopy(found.config)
     widths = {
-        name: value for name, value in vars(small).items() if isinstance(value, int) and not isinstance(value, bool)
+        name: value
+        for name, value in vars(small).items()
+        if isinstance(value, int) and not isinstance(value, bool)
     }
     heads = getattr(small, "num_attention_heads", 1)
     head = widths.get("head_dim") or found.width // heads
     for what, size in (("the hidden states", found.width), ("a head", head)):
         if size % reduction or size == reduction:
-            raise ValueError(f"reduction is {reduction}; it must divide the width of {what}, {size}, and leave 2.")
+            raise ValueError(
+                f"reduction is {reduction}; it must divide the width of {what}, {size}, and leave 2."
+            )
     depth = len(found.blocks)
     for name in (*STREAM, *HEAD, *WITHIN):
         if name in widths:
@@ -191,11 +223,11 @@ def _divided(found: Stack, reduction: int, kept: Sequence[int]) -> Any:
 
 def _pairs(found: Stack, side: Side, kept: Sequence[int]) -> list[tuple[str, Tensor, Tensor]]:
     """Each parameter of the side network by its name there, and the model's own of which it is the narrower one."""
-    pairs = []
+    pairs: list[tuple[str, Tensor, Tensor]] = []
     for name, p in side.named_parameters():
         room, index, key = name.split(".", 2)
         own: nn.Module = found.blocks[kept[int(index)]]
-        own = own if room == "blocks" else found.around.get_submodule(found.norms[int(index)])
+        own = own if room == "blocks" else found.around.get_submodule(found.after[int(index)])
         try:
             pairs.append((name, p, own.get_parameter(key)))
         except AttributeError as error:
