@@ -89,7 +89,9 @@ def stack_of(model: Any) -> Stack:
         for m in (*stack, *around.children())
         if m is not stack
     ]
-    handles.append(around.register_forward_hook(lambda module, args, output: said.append(first(output))))
+    handles.append(
+        around.register_forward_hook(lambda module, args, output: said.append(first(output)), prepend=True)
+    )
     try:
         with trial(model):
             model(**trial_inputs(model))
