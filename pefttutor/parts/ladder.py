@@ -102,8 +102,9 @@ class Ladder:
         self.entered, self.calls, self.said = None, {}, {}
         if entered is None or set(said) != set(self.kept):
             raise ValueError("LST reads what every block says, and in this call some weren't run.")
-        own = self._tensors(around)
+        own = self.held_in(around)
         wide = own["up.weight"]
+        own = {name: tensor.to(wide.device) for name, tensor in own.items()}
 
         def down(key: str, h: Tensor) -> Tensor:
             return F.linear(h.to(wide), own[f"{key}.weight"], own[f"{key}.bias"])
@@ -125,15 +126,13 @@ class Ladder:
         )
         return put(output, F.linear(s, own["up.weight"], own["up.bias"]))
 
-    def _tensors(self, around: Any) -> dict[str, Tensor]:
-        """What trains, by its name, on the device of what speaks."""
+    def held_in(self, around: Any) -> dict[str, Tensor]:
+        """What trains, by its name."""
         stack = getattr(around, self.stack)
-        found = {
+        return {
             own: (around if block is None else stack[block]).get_parameter(key)
             for own, (block, key) in self.places.items()
         }
-        device = found["up.weight"].device
-        return {own: tensor.to(device) for own, tensor in found.items()}
 
     def _cache(self, call: dict[str, Any]) -> Any:
         """The side network's own cache, which that of the model carries along; None without one."""
@@ -206,7 +205,7 @@ def put(output: Any, new: Tensor) -> Any:
         return new.to(output.dtype)
     if isinstance(output, (tuple, list)):
         at = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
-        return type(output)([*output[:at], new.to(output[at].dtype), *output[at + 1 :]])
-    at = next(key for key, value in output.items() if isinstance(value, Tensor))
-    output[at] = new.to(output[at].dtype)
+        return type(output)([*output[:at], put(output[at], new), *output[at + 1 :]])
+    key = next(key for key, value in output.items() if isinstance(value, Tensor))
+    output[key] = put(output[key], new)
     return output

@@ -37,7 +37,7 @@ class LST:
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     >>> LST(reduction=4).count(BertForSequenceClassification(config))
-    2402
+    2282
 
     reduction: r, by which the widths of the stream, of each head and of the feed-forward are divided.
     layers: the blocks that have one beside them, counted from 0; None for all.
