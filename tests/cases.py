@@ -7,6 +7,7 @@ tests/test_every_method.py looks at. A new method needs its line in CASES, and n
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -247,6 +248,23 @@ def of_llama_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
         for n, (_, o) in found.items()
         for key, size in (("prompt", method.adapter_len * o), ("gate", 1))
     }
+
+
+def of_lst(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """Of every block and of the norm after them all sizes divided by r; a D, and of each block a gate; and one U."""
+    around, r, found = BLOCKS[kind].rpartition(".")[0], method.reduction, {}
+    after = {"llama": "norm", "gpt2": "ln_f", "vit": "layernorm"}.get(kind, "none")
+    for name, p in base.named_parameters():
+        if name.startswith((f"{BLOCKS[kind]}.", f"{around}.{after}.")):
+            place = ".".join(
+                name.split(".")[: len(BLOCKS[kind].split(".")) + 1 if BLOCKS[kind] in name else -2]
+            )
+            own = name.removeprefix(f"{place}.").replace(".", "_")
+            found[f"{place}.lst_{own}"] = math.prod(n // r for n in p.shape)
+    downs = [f"{around}.lst_first", *(f"{BLOCKS[kind]}.{i}.lst_read" for i in (0, 1))]
+    found |= {f"{down}_{key}": size for down in downs for key, size in (("weight", 8 * 24), ("bias", 8))}
+    found |= {f"{around}.lst_up_weight": 24 * 8, f"{around}.lst_up_bias": 24}
+    return found | {f"{BLOCKS[kind]}.{i}.lst_gate": 1 for i in (0, 1)}
 
 
 def of_compacter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
@@ -490,6 +508,7 @@ CASES = {
         of_increlora,
     ),
     "LLaMAAdapter": Case(lambda kind: pt.LLaMAAdapter(adapter_len=3), of_llama_adapter),
+    "LST": Case(lambda kind: pt.LST(reduction=3), of_lst),
     "LTSFT": Case(lambda kind: pt.LTSFT(l1_weight=0.1), everything),
     "LastLayers": Case(
         lambda kind: pt.LastLayers(fraction=0.5),
@@ -581,6 +600,12 @@ CANNOT = {
         )
     },
     ("LLaMAAdapter", "merge"): r"can't be merged: prompts in an attention depend on the queries",
+    (
+        "LST",
+        "t5",
+    ): r"beside one stack of blocks, .*T5ForConditionalGeneration .*: it has an encoder and a decoder",
+    ("LST", "net"): r"beside one stack of blocks, and of this Net that isn't possible: it has no config",
+    ("LST", "merge"): r"can't be merged: it changes what the model computes",
     ("MAM", "vit"): r"before a text's tokens, and a ViTForImageClassification has none",
     (
         "MAM",
@@ -613,6 +638,7 @@ STARTS_OTHERWISE = {
     "Compacter": "its adapters start near zero, and not at it",
     "SparseAdapter": "its adapters start near zero, and not at it",
     "AdapterFusion": "it starts as a mean of what the adapters have learned",
+    "LST": "what it says comes through its side network alone",
     "ProxyTuning": "it steers at once",
 }
 
@@ -624,7 +650,7 @@ def starts_otherwise(name: str, method: Any) -> str | None:
 
 
 # Refuse a cache of fixed length.
-ITS_OWN_CACHES = ("MAM", "PrefixTuning", "ProxyTuning", "PromptTuning", "PTuning")
+ITS_OWN_CACHES = ("LST", "MAM", "PrefixTuning", "ProxyTuning", "PromptTuning", "PTuning")
 TRAINS_NOTHING = (
     "ProxyTuning",
 )  # what it adds are other models, as they are: no gradient, no step and no file

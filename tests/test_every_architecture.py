@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import pefttutor
 from pefttutor.catalog import methods
+from pefttutor.parts.blocks import blocks
 from pefttutor.parts.cached_attention import form_of
 from pefttutor.parts.linear import all_linear, sizes
 from pefttutor.parts.sublayers import sublayers
@@ -40,7 +41,7 @@ LIKE_LORA = (
     "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
-IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_")
+IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_", "lst_")
 GATES = ("lora_gate_", "prefix_gate_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {
@@ -90,6 +91,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         ),
         "AdapterBias": lambda: SetUp(kind(target_modules=_where_not_found(model, scaled))),
         "LLaMAAdapter": lambda: SetUp(kind(adapter_len=3)),
+        "LST": lambda: SetUp(kind(reduction=2)),
         "MAM": lambda: SetUp(
             kind(
                 num_virtual_tokens=3, bottleneck=3, scaling=2.0, activation="gelu", **_beside(model, targets)
@@ -744,6 +746,92 @@ def _prefixed(
         handle.remove()
 
 
+@contextlib.contextmanager
+def _beside_a_ladder(
+    base: Any, ladder: Mapping[str, Any], batch: Mapping[str, Any], method: Any
+) -> Iterator[None]:
+    """A ladder by hand: a whole model of the same class, but narrow, reads the batch with positions, masks and angles
+    of its own; before each of its blocks stands what the base's block said. Of what sees and reads, only what reads."""
+    if not ladder:
+        yield
+        return
+    path = blocks(base)[0]
+    around, stack = path.rpartition(".")[0], path.rpartition(".")[2]
+    config, alone = copy.deepcopy(base.config), base.config.get_text_config() is not base.config
+    for name, value in vars(config.get_text_config()).items():
+        if name in _WIDTHS and isinstance(value, int):
+            setattr(config.get_text_config(), name, value // method.reduction)
+    body = base.get_submodule(around)
+    narrow = type(body if alone else base)(config.get_text_config() if alone else config).eval()
+    inside, h, given, spoken = narrow if alone else narrow.get_submodule(around), {}, {}, []
+    own = dict((body if alone else base).named_parameters())
+    for (
+        name,
+        p,
+    ) in narrow.named_parameters():  # what has no width, as a table of relative positions, is the base's
+        if p.shape == own[name].shape:
+            p.data.copy_(own[name])
+
+    def read(key: int, block: Any, args: Any, output: Any) -> None:
+        h[key] = (output[0] if isinstance(output, tuple) else output).detach()
+
+    def enter(block: Any, args: Any, kwargs: Any) -> None:
+        h[-1] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    def down(place: str, which: str, x: Tensor) -> Tensor:
+        return x @ ladder[place][f"{which}_weight"].t() + ladder[place][f"{which}_bias"]
+
+    def climb(i: int, block: Any, args: Any, kwargs: Any) -> Any:
+        s = (args[0] if args else kwargs["hidden_states"]) if i else down(around, "first", h[-1])
+        gate = (10 * ladder[f"{path}.{i}"]["gate"]).sigmoid()
+        s = gate * s + (1 - gate) * down(f"{path}.{i}", "read", h[i])
+        return ((s, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": s})
+
+    def speak(module: Any, args: Any, output: Any) -> Any:
+        said = spoken[0] @ ladder[around]["up_weight"].t() + ladder[around]["up_bias"]
+        if isinstance(output, tuple):
+            return (said, *output[1:])
+        output.last_hidden_state = said
+        return output
+
+    handles = [
+        block.register_forward_hook(functools.partial(read, i)) for i, block in enumerate(blocks(base)[1])
+    ]
+    handles.append(blocks(base)[1][0].register_forward_pre_hook(enter, with_kwargs=True))
+    note = body.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    handles.append(note)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        base(**inputs)
+    for handle in handles:
+        handle.remove()
+    for i, block in enumerate(getattr(inside, stack)):
+        block.register_forward_pre_hook(functools.partial(climb, i), with_kwargs=True)
+    inside.register_forward_hook(lambda module, args, output: spoken.append(output[0]))
+    weights, known = {}, sorted(ladder, key=len, reverse=True)
+    for name in dict(narrow.named_parameters()):
+        full = f"{around}.{name}" if alone else name
+        place = next((p for p in known if full.startswith(f"{p}.")), "")
+        key = full.removeprefix(f"{place}.").replace(".", "_")
+        if key in ladder.get(place, {}):
+            weights[name] = ladder[place][key]
+    used = {id(t) for t in weights.values()}
+    left = [k for p, w in ladder.items() for k, t in w.items() if id(t) not in used]
+    assert all(k.startswith(("read_", "first_", "up_", "gate")) for k in left), left
+    if alone:
+        inputs = given | {"inputs_embeds": given["inputs_embeds"][..., :: method.reduction]}
+    torch.func.functional_call(narrow, weights, args=(), kwargs=inputs)
+    handle = body.register_forward_hook(speak)
+    yield
+    handle.remove()
+
+
+_WIDTHS = (
+    "hidden_size", "d_model", "n_embd", "dim", "head_dim", "rotary_dim", "intermediate_size", "ffn_dim", "n_inner",
+    "ffn_hidden_size", "hidden_dim", "word_embed_proj_dim", "moe_intermediate_size",
+)  # fmt: skip
+
+
 def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Dense autograd of the base's own loss, by the name that is saved; zero where nothing leads to the loss."""
     by_hand, inputs = (
@@ -757,6 +845,8 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
         stack.enter_context(_gated(base, by_hand.leaves, batch, method))
         stack.enter_context(_with_prompts(base, by_hand.prompts))
         stack.enter_context(_fusions(base, by_hand.fusions, by_hand.fused))
+        ladder = _by_layer(by_hand.leaves, "lst_")
+        stack.enter_context(_beside_a_ladder(base, ladder, inputs, method))
         if by_hand.prompt is not None:
             inputs = stack.enter_context(_prompted(base, by_hand.prompt, inputs))
         if by_hand.prefix is not None:
@@ -1162,6 +1252,25 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "BEiT",
             "Swin",
         ),
+    },
+    "LST": {
+        r"beside one stack of blocks, and of this \w+ .*: it has an encoder and a decoder": (
+            *_TWO_TEXTS,
+            "Whisper",
+            "Whisper, encoder",
+        ),
+        r"beside one stack .*: a (Linear|BeitPooler) reads what the blocks give": ("OPT", "BEiT"),
+        r"beside one stack .*: its blocks aren't called once each": ("ALBERT",),
+        r"beside one stack .*: its blocks get hidden states of the shapes": ("XLNet", "Swin", "ConvNeXt"),
+        r"beside one stack .*: it can't be tried": ("ResNet", "Wav2Vec2", "HuBERT", "CLIP"),
+        r"can't be called in narrow \(\w+: reduction is 2; .* of the 2 features": (
+            "GPT-NeoX",
+            "GPT-J",
+            "StableLM",
+        ),
+        r"can't be called in narrow \(\w+: the features that .* half a head apart": ("Cohere",),
+        r"can't be called in narrow \(\w+: mat1 and mat2": ("DeBERTa-v2",),
+        r"'[\w.]+conv1d.weight' is .* in one with widths divided by 2": ("Mamba2", "Bamba"),
     },
     "LayerNormTuning": {r"no LayerNorm or RMSNorm with weights of its own among": ("OLMo", "ResNet")},
     **{

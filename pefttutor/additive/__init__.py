@@ -9,6 +9,7 @@ from pefttutor.additive.inside.compacter import Compacter
 from pefttutor.additive.inside.fusion import AdapterFusion
 from pefttutor.additive.inside.ia3 import IA3
 from pefttutor.additive.inside.llama_adapter import LLaMAAdapter
+from pefttutor.additive.inside.lst import LST
 from pefttutor.additive.inside.pasta import PASTA
 from pefttutor.additive.inside.prefix import PrefixTuning
 from pefttutor.additive.inside.sparse_adapter import SparseAdapter
@@ -17,6 +18,7 @@ from pefttutor.additive.output.proxy import ProxyTuning
 
 __all__ = [
     "IA3",
+    "LST",
     "PASTA",
     "SSF",
     "AdaMix",

@@ -18,8 +18,8 @@ __all__ = ["bloom", "gpt2", "llama"]
 # ---- Llama, Mistral, Qwen: RMSNorm, rotary positions, grouped queries, gated feed-forward
 
 
-def llama(tape: Tape, model: Any, step: Step) -> Paper:
-    """The body of Llama, Mistral and Qwen, written onto the tape.
+def llama(tape: Tape, model: Any, step: Step, x: Paper | None = None) -> Paper:
+    """The body of Llama, Mistral and Qwen, written onto the tape; with `x`, from what goes into the blocks on.
 
     Shapes: → (batch · sequence, d), the last hidden state.
     """
@@ -44,7 +44,9 @@ def llama(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.mul(gate, tape.call(layer.mlp.up_proj, h, "ffn"), "ffn")
         return x.like(tape.call(layer.mlp.down_proj, h, "ffn"))
 
-    x = opened(tape, model, tape.call(body.embed_tokens, step.ids(step.sequence_length), "embeddings"), body)
+    if x is None:
+        x = tape.call(body.embed_tokens, step.ids(step.sequence_length), "embeddings")
+        x = opened(tape, model, x, body)
     for layer in body.layers:
         x = tape.block(block, layer, x)
     return tape.call(body.norm, x, "norms")
@@ -58,8 +60,8 @@ def _head_norm(tape: Tape, norm: Any, x: Paper, head_dim: int) -> Paper:
 # ---- GPT-2 and BLOOM: LayerNorm, one matrix for query, key and value
 
 
-def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
-    """The body of GPT-2, written onto the tape.
+def gpt2(tape: Tape, model: Any, step: Step, x: Paper | None = None) -> Paper:
+    """The body of GPT-2, written onto the tape; with `x`, from what goes into the blocks on.
 
     Shapes: → (batch · sequence, d), the last hidden state.
     """
@@ -78,17 +80,18 @@ def gpt2(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.call(layer.mlp.c_proj, tape.activation(config.activation_function, h, "ffn"), "ffn")
         return x.like(tape.dropout(h, config.resid_pdrop))
 
-    x = opened(tape, model, tape.call(body.wte, step.ids(step.sequence_length), "embeddings"), body)
-    x = x.like(tape.call(body.wpe, Paper(step.sequence_length, 1, INDEX, False), "embeddings"))
-    x = tape.dropout(x, config.embd_pdrop)
+    if x is None:
+        x = opened(tape, model, tape.call(body.wte, step.ids(step.sequence_length), "embeddings"), body)
+        x = x.like(tape.call(body.wpe, Paper(step.sequence_length, 1, INDEX, False), "embeddings"))
+        x = tape.dropout(x, config.embd_pdrop)
     mask = step.mask(step.sequence_length, step.sequence_length, x.itemsize, causal=True)
     for layer in body.h:
         x = tape.block(block, layer, x, mask=mask)
     return tape.call(body.ln_f, x, "norms")
 
 
-def bloom(tape: Tape, model: Any, step: Step) -> Paper:
-    """The body of BLOOM, written onto the tape.
+def bloom(tape: Tape, model: Any, step: Step, x: Paper | None = None) -> Paper:
+    """The body of BLOOM, written onto the tape; with `x`, from what goes into the blocks on.
 
     Shapes: → (batch · sequence, d), the last hidden state.
     """
@@ -108,10 +111,9 @@ def bloom(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.call(layer.mlp.dense_4h_to_h, h, "ffn")
         return residual.like(tape.dropout(h, config.hidden_dropout))
 
-    x = opened(
-        tape, model, tape.call(body.word_embeddings, step.ids(step.sequence_length), "embeddings"), body
-    )
-    x = tape.call(body.word_embeddings_layernorm, x, "norms")
+    if x is None:
+        x = tape.call(body.word_embeddings, step.ids(step.sequence_length), "embeddings")
+        x = tape.call(body.word_embeddings_layernorm, opened(tape, model, x, body), "norms")
     for layer in body.h:
         x = tape.block(block, layer, x)
     return tape.call(body.ln_f, x, "norms")

@@ -15,8 +15,8 @@ __all__ = ["bert", "t5", "vit"]
 # ---- BERT and ViT: encoders
 
 
-def bert(tape: Tape, model: Any, step: Step) -> Paper:
-    """The body of BERT without its pooler, written onto the tape.
+def bert(tape: Tape, model: Any, step: Step, x: Paper | None = None) -> Paper:
+    """The body of BERT without its pooler, written onto the tape; with `x`, from what goes into the blocks on.
 
     Shapes: → (batch · sequence, d), the last hidden state.
     """
@@ -35,20 +35,22 @@ def bert(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.dropout(tape.call(layer.output.dense, h, "ffn"), p)
         return tape.call(layer.output.LayerNorm, x.like(h), "norms")
 
-    e, kinds = body.embeddings, Paper(step.sequence_length, 1, INDEX, False)
-    positions = kinds.like(itemsize=0)  # a buffer, which exists anyway
-    x = tape.call(e.word_embeddings, step.ids(step.sequence_length), "embeddings")
-    x = x.like(tape.call(e.token_type_embeddings, kinds, "embeddings"))
-    x = x.like(tape.call(e.position_embeddings, positions, "embeddings"))
-    x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x, body), "norms"), p)
+    if x is None:
+        e, kinds = body.embeddings, Paper(step.sequence_length, 1, INDEX, False)
+        positions = kinds.like(itemsize=0)  # a buffer, which exists anyway
+        x = tape.call(e.word_embeddings, step.ids(step.sequence_length), "embeddings")
+        x = x.like(tape.call(e.token_type_embeddings, kinds, "embeddings"))
+        x = x.like(tape.call(e.position_embeddings, positions, "embeddings"))
+        x = tape.dropout(tape.call(e.LayerNorm, opened(tape, model, x, body), "norms"), p)
     mask = step.mask(step.sequence_length, step.sequence_length + step.prefix, x.itemsize)
     for layer in body.encoder.layer:
         x = tape.block(block, layer, x, mask=mask)
     return x
 
 
-def vit(tape: Tape, model: Any, step: Step) -> Paper:
-    """The body of a vision transformer, written onto the tape; its tokens are a picture's patches and one more.
+def vit(tape: Tape, model: Any, step: Step, x: Paper | None = None) -> Paper:
+    """The body of a vision transformer, written onto the tape; its tokens are a picture's patches and one more. With
+    `x`, from what goes into the blocks on.
 
     Shapes: → (batch · (patches + 1), d), the last hidden state.
     """
@@ -71,11 +73,11 @@ def vit(tape: Tape, model: Any, step: Step) -> Paper:
         h = tape.call(layer.mlp.fc2, tape.activation(config.hidden_act, h, "ffn"), "ffn")
         return x.like(tape.dropout(h, p))
 
-    pixels = Paper(step.batch_size * patches, conv.weight[0].numel(), conv.weight.element_size(), False)
-    x = opened(tape, model, tape.call(conv, pixels, "embeddings"))
-    grad = tape.own(e, "embeddings") or x.grad
-    x = x.like(rows=step.batch_size * (patches + 1), grad=grad)
-    x = tape.dropout(x, p)
+    if x is None:
+        pixels = Paper(step.batch_size * patches, conv.weight[0].numel(), conv.weight.element_size(), False)
+        x = opened(tape, model, tape.call(conv, pixels, "embeddings"))
+        grad = tape.own(e, "embeddings") or x.grad
+        x = tape.dropout(x.like(rows=step.batch_size * (patches + 1), grad=grad), p)
     for layer in body.layers:
         x = tape.block(block, layer, x)
     return tape.call(body.layernorm, x, "norms")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from pefttutor.memory.decoders import bloom, gpt2, llama
 from pefttutor.memory.encoders import bert, t5, vit
 from pefttutor.memory.paper import Paper
-from pefttutor.memory.step import Step
-from pefttutor.memory.tape import Tape
 
 __all__ = ["FAMILIES"]
 
-FAMILIES: dict[str, Callable[[Tape, Any, Step], Paper]] = {
+FAMILIES: dict[str, Callable[..., Paper]] = {  # (tape, model, step)
     "llama": llama,
     "mistral": llama,
     "qwen2": llama,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from pefttutor.memory.beside import ladders, spoken
 from pefttutor.memory.breakdown import Breakdown
 from pefttutor.memory.checks import OPTIMIZERS, QUANTIZATION, check_attention, named_dtype, one_of, whole
 from pefttutor.memory.families import FAMILIES
@@ -138,6 +139,8 @@ def _walked(tape: Tape, model: Any, step: Step) -> Paper:
         run_alone(tape, Making(part), Paper(1, 1, FLOAT, False), "embeddings")
     try:
         hidden = FAMILIES[model.config.model_type](tape, model, inside)
+        for ladder in reversed(ladders(model)):
+            hidden = spoken(tape, model, ladder, inside, hidden)
         if longer > step.sequence_length and not model.config.is_encoder_decoder:
             hidden = hidden.like(rows=step.batch_size * step.sequence_length)
         logits = head(tape, model, hidden, step)

@@ -175,3 +175,26 @@ def test_lora_fa_keeps_a_hundredth_of_what_lora_keeps():
     assert difference(ours(), peer())[0] == 0
     assert kept_bytes(ours) == 8 * 2048 * 4  # x Aᵀ
     assert kept_bytes(ours) <= row.goals["kept"] * kept_bytes(peer)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_both_sides_of_the_steered_rows_say_the_same_again_and_again_and_the_model_alone_another_thing(
+    monkeypatch, batch
+):
+    from pefttutor.bench.rows import steered_decode
+
+    for name in ("llama_like", "small_llama"):
+        monkeypatch.setattr(steered_decode, name, tiny_llama)
+    ours, peer, alone = (
+        steered_decode.build(side, 0, "cpu", batch=batch) for side in ("ours", "peer", "bound")
+    )
+    first = ours()
+    assert first["logits"].shape == (batch, steered_decode.TOKENS, 60)
+    for _ in range(2):  # the caches go back to the prompts
+        assert difference(ours(), first)[0] == 0
+        assert difference(first, peer())[0] < 1e-4
+    assert difference(alone(), first)[0] > 0.01
+    whole = steered_decode.build("peer", 0, "cpu", batch=batch)
+    monkeypatch.setattr(steered_decode, "ALPHA", 0.0)
+    assert difference(whole(), alone())[0] == 0
+    assert discover()[f"steered_decode_{batch}"].goals["time"] < 1

@@ -121,6 +121,31 @@ def test_pasta_trains_from_the_first_block_on(kind, saved, checkpointing):
     assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "bloom", "bert", "vit"])
+def test_of_a_ladder_the_side_network_alone_is_kept(kind, attention, dropout):
+    attention = "eager" if kind == "bloom" else attention
+    model, method = model_of(kind, attention=attention, dropout=dropout), pefttutor.LST(reduction=2)
+    estimated = memory.estimate(model, method, **OPTIONS | {"attention": attention})
+    method.attach(model)
+    assert estimated == memory.estimate(model, **OPTIONS | {"attention": attention})
+    assert estimated.trained == method.count(model)
+    measured = held(model, batch_of(kind, 2, 24))
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_ladder_keeps_as_much_beside_a_model_in_half_or_one_whose_blocks_are_made_again(checkpointing):
+    model, method = model_of("llama", dtype=torch.bfloat16), pefttutor.LST(reduction=2, layers=(0, 2))
+    estimated = memory.estimate(model, method, **OPTIONS, gradient_checkpointing=checkpointing)
+    method.attach(model)
+    if checkpointing:
+        checkpointed(model, reentrant=True)
+    measured = held(model, batch_of("llama", 2, 24))
+    assert sum(estimated.activations.values()) == pytest.approx(measured, rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "bloom"])
 def test_virtual_tokens_lengthen_the_texts_inside_of_the_model(kind, checkpointing):
