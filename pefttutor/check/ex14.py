@@ -28,9 +28,10 @@ def _draw(*shape: int, seed: int) -> Tensor:
 
 @exercise("14.1", reference=orthogonality)
 def ex14_1(attempt: Any) -> None:
-    """Values and gradients, of factors of a layer that isn't square; the lengths aren't 1."""
-    inputs = {"P": _draw(7, 3, seed=1) / 2, "Q": _draw(3, 5, seed=2) / 2}
-    same_result(attempt, orthogonality, inputs, gradients=("P", "Q"), mistakes=ORTHOGONALITY_MISTAKES)
+    """Values and gradients, of few long rows and of as many as they are long; lengths aren't 1."""
+    for shape in ((3, 5), (4, 4)):
+        inputs = {"rows": _draw(*shape, seed=1) / 2}
+        same_result(attempt, orthogonality, inputs, gradients=("rows",), mistakes=ORTHOGONALITY_MISTAKES)
 
 
 @exercise("14.2", reference=importance)

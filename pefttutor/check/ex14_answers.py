@@ -11,10 +11,9 @@ from torch import Tensor
 # ---- the reference solutions
 
 
-def orthogonality(P: Tensor, Q: Tensor) -> Tensor:
-    """R(P, Q) = ‖PᵀP − I‖²_F + ‖QQᵀ − I‖²_F          P (out, r), Q (r, in) → one number."""
-    one = torch.eye(len(Q), dtype=Q.dtype)
-    return (P.T @ P - one).square().sum() + (Q @ Q.T - one).square().sum()
+def orthogonality(rows: Tensor) -> Tensor:
+    """R(M) = ‖M Mᵀ − I‖²_F          M (r, n), which is Q or Pᵀ → one number."""
+    return (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).square().sum()
 
 
 def importance(
@@ -41,50 +40,32 @@ def proximal(gate: Tensor, by: float) -> Tensor:
 # ---- what learners write instead
 
 
-def _gram(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    one = torch.eye(len(Q), dtype=Q.dtype)
-    return P.T @ P - one, Q @ Q.T - one
-
-
-def _outer(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    return P @ P.T - torch.eye(len(P)), Q.T @ Q - torch.eye(Q.shape[1])
-
-
-def _total(*matrices: Tensor) -> Tensor:
-    return torch.stack([matrix.square().sum() for matrix in matrices]).sum()
+def _away(rows: Tensor) -> Tensor:
+    return rows @ rows.T - torch.eye(len(rows))
 
 
 ORTHOGONALITY_MISTAKES: dict[str, Callable[..., Any]] = {
-    "these are the norms, not their squares: the paper's R has the squares": lambda P, Q: sum(
-        matrix.norm() for matrix in _gram(P, Q)
+    "this is the norm, not its square: the paper's R has the square": lambda rows: _away(rows).norm(),
+    "MᵀM is compared with I: it is n × n, and of rank r at most": lambda rows: _away(rows.T).square().sum(),
+    "I is missing: this pulls M to zero": lambda rows: (rows @ rows.T).square().sum(),
+    "1 is subtracted everywhere; I has ones on its diagonal only": lambda rows: (
+        (rows @ rows.T - 1).square().sum()
     ),
-    "P Pᵀ and Qᵀ Q are compared with I: they are out × out and in × in, and of rank r at most": (
-        lambda P, Q: _total(*_outer(P, Q))
+    "this is a mean over entries; the Frobenius norm is a sum": lambda rows: _away(rows).square().mean(),
+    "these are absolute values; the Frobenius norm sums squares": lambda rows: _away(rows).abs().sum(),
+    "only the diagonal counts: lengths are held, angles aren't": lambda rows: (
+        _away(rows).diag().square().sum()
     ),
-    "P Pᵀ is compared with I: it is out × out, and of rank r at most": lambda P, Q: _total(
-        _outer(P, Q)[0], _gram(P, Q)[1]
+    "the diagonal doesn't count: angles are held, lengths aren't": lambda rows: (
+        (_away(rows) - _away(rows).diag().diag()).square().sum()
     ),
-    "Qᵀ Q is compared with I: it is in × in, and of rank r at most": lambda P, Q: _total(
-        _gram(P, Q)[0], _outer(P, Q)[1]
+    "M is compared with I, not M Mᵀ": lambda rows: (rows - torch.eye(*rows.shape)).square().sum(),
+    "the differences are summed before they are squared": lambda rows: _away(rows).sum().square(),
+    "this is the trace: differences cancel, and angles don't count": lambda rows: _away(rows).trace(),
+    "this is half of it": lambda rows: orthogonality(rows) / 2,
+    "the result is cut off from the graph (.data, .detach() or .item())": lambda rows: orthogonality(
+        rows.detach()
     ),
-    "I is missing: this pulls P and Q to zero": lambda P, Q: _total(P.T @ P, Q @ Q.T),
-    "only P is held": lambda P, Q: _total(_gram(P, Q)[0]),
-    "only Q is held": lambda P, Q: _total(_gram(P, Q)[1]),
-    "this is a mean over entries; the Frobenius norm is a sum": lambda P, Q: sum(
-        matrix.square().mean() for matrix in _gram(P, Q)
-    ),
-    "these are absolute values; the Frobenius norm sums squares": lambda P, Q: sum(
-        matrix.abs().sum() for matrix in _gram(P, Q)
-    ),
-    "only the diagonal counts: lengths are held, angles aren't": lambda P, Q: _total(
-        *(matrix.diag() for matrix in _gram(P, Q))
-    ),
-    "the diagonal doesn't count: angles are held, lengths aren't": lambda P, Q: _total(
-        *(matrix - matrix.diag().diag() for matrix in _gram(P, Q))
-    ),
-    "this is the mean of the two; R is their sum": lambda P, Q: _total(*_gram(P, Q)) / 2,
-    "P is cut off from the graph (.data or .detach())": lambda P, Q: orthogonality(P.detach(), Q),
-    "Q is cut off from the graph (.data or .detach())": lambda P, Q: orthogonality(P, Q.detach()),
 }
 
 
