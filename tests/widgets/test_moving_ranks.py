@@ -123,7 +123,9 @@ def test_bad_input(fast):
     with pytest.raises(ValueError, match=r"step 1 has ranks of \['v'\]; expected those of step 0: \['q'\]"):
         widgets.moving_ranks.figure([{"q": 1}, {"v": 1}])
     for rank in (-1, 1.5, True):
-        with pytest.raises(ValueError, match=r"step 0: the rank of q is .*expected a whole number, 0 or more"):
+        with pytest.raises(
+            ValueError, match=r"step 0: the rank of q is .*expected a whole number, 0 or more"
+        ):
             widgets.moving_ranks.figure([{"q": rank}])
     with pytest.raises(ValueError, match="step=4: expected a step from 0 to 3"):
         widgets.moving_ranks(STEPS, step=4)

@@ -3,7 +3,7 @@
     python data/lessons/14/compare_sora.py        goes on where it was stopped
 
 As compare_adalora.py: q_proj and v_proj of campus-nano, s = 2, a new head, 120 steps of 16. SoRA begins with 12
-directions a layer, and the pull on its gates is such that about 8 were left where it was tried, on seed 100.
+directions a layer, and the pull on its gates is such that 7 to 8 were left where it was tried, on seed 100.
 
 Lesson 14 reads the table, compare_sora.jsonl.
 """
