@@ -42,21 +42,23 @@ def draw_overview(found: Mapping[str, Update]) -> Picture:
     grid = numpy.full((len(rows), len(columns)), numpy.nan)
     for name, (row, column) in places.items():
         grid[rows.index(row), columns.index(column)] = erank[name]
-    _draw_grid(left, grid, rows, columns, most)
+    draw_grid(left, grid, rows, columns, most, decimals=1)
+    left.set_title(f"Effective rank of ΔW (at most {most})")
     _draw_spectra(right, found, {name: column for name, (_, column) in places.items()})
     return picture
 
 
-def _draw_grid(
-    axes: Axes, grid: numpy.ndarray, rows: Sequence[str], columns: Sequence[str], most: int
+def draw_grid(
+    axes: Axes, grid: numpy.ndarray, rows: Sequence[str], columns: Sequence[str], most: int, *, decimals: int
 ) -> None:
+    """Numbers from 0 to `most` by layer and module, written into the cells where there is room; NaN: no such layer."""
     axes.set_facecolor("#EEEEEE")  # no such layer
     image = axes.imshow(grid, cmap=SEQUENTIAL, vmin=0, vmax=most, aspect="auto")
     crowded = sum(map(len, columns)) > 45
     slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(range(len(columns)), columns, **slanted)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(title=f"Effective rank of ΔW (at most {most})", ylabel="layer")
+    axes.set_ylabel("layer")
     _paper_lines_between_cells(axes, grid.shape)
     if grid.size > 160:
         axes.figure.colorbar(image, ax=axes, label="directions")
@@ -64,7 +66,7 @@ def _draw_grid(
     for (row, column), value in numpy.ndenumerate(grid):
         if not math.isnan(value):
             ink = "white" if value > 0.5 * most else "black"
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9)
+            axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", color=ink, fontsize=9)
 
 
 def _paper_lines_between_cells(axes: Axes, shape: tuple[int, ...]) -> None:

@@ -39,6 +39,13 @@ shapes = {f"layers.{i}.{part}.weight": (40, 60) for i in range(4) for part in ("
 scores = {name: torch.rand(shape, generator=drawn) for name, shape in shapes.items()}
 mine = {name: torch.rand(shape, generator=drawn) < 0.05 for name, shape in shapes.items()}
 """
+MOVING = """
+from pefttutor import widgets
+
+names = [f"layers.{i}.{part}" for i in range(4) for part in ("q_proj", "v_proj")]
+ranks = [(8, 8), (7, 8), (5, 7), (6, 4), (2, 4)]
+steps = [{name: of[i % 2] for i, name in enumerate(names)} for of in ranks]
+"""
 FAILING = """
 def draw(rank):
     if rank == 2:
@@ -155,4 +162,25 @@ def test_masks_follow_the_choice_of_method_tensor_and_fraction(lab):
         for selector in ("[role=status]", ".widget-label"):
             assert opened.contrast(f".jp-OutputArea-output {selector}") >= 4.5, (theme, selector)
         opened.shot(f"masks-{theme.split()[1].lower()}")
+    assert opened.problems() == []
+
+
+def test_ranks_are_followed_through_a_training(lab):
+    opened = lab.open(
+        "moving.ipynb", [MOVING, "widgets.moving_ranks.figure(steps)", "widgets.moving_ranks(steps, step=2)"]
+    )
+    page = opened.page
+    assert page.locator(".jp-RenderedImage img").count() == 1  # the figure that comes first
+    shows(page, "After step 2 all layers have 48 ranks together, layers.0.q_proj has 5.")
+    before = picture(page)
+    page.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    shows(page, "In this step 4 layers lost rank and 4 got some.")
+    assert picture(page)[2] != before[2]
+    page.locator(".widget-dropdown select").select_option("layers.3.v_proj")
+    shows(page, "layers.3.v_proj has 4")
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        opened.switch_to(theme)
+        for selector in ("[role=status]", ".widget-label", ".widget-readout"):
+            assert opened.contrast(f".jp-OutputArea-output {selector}") >= 4.5, (theme, selector)
     assert opened.problems() == []

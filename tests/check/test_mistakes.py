@@ -18,6 +18,7 @@ from pefttutor.check import (
     ex10_pairs,
     ex11_answers,
     ex12_answers,
+    ex14_answers,
     ex24_answers,
 )
 from tests.check.rejection import reason
@@ -63,6 +64,10 @@ MISTAKES = {
     check.ex12_2: ex12_answers.MERGE_MISTAKES,
     check.ex12_3: ex12_answers.COUNT_MISTAKES,
     check.ex12_4: ex12_answers.TRUNCATE_MISTAKES,
+    check.ex14_1: ex14_answers.ORTHOGONALITY_MISTAKES,
+    check.ex14_2: ex14_answers.IMPORTANCE_MISTAKES,
+    check.ex14_3: ex14_answers.BUDGET_MISTAKES,
+    check.ex14_4: ex14_answers.PROXIMAL_MISTAKES,
     check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
     check.ex24_2: ex24_answers.HARD_MISTAKES,
     check.ex24_3: ex24_answers.COMPOSED_MISTAKES,
