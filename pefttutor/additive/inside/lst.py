@@ -172,9 +172,7 @@ def _try(model: Any) -> None:
     try:
         with trial(model):
             model(**trial_inputs(model))
-    except (
-        Exception
-    ) as error:  # whatever comes here means: its narrower blocks can't be called as its own are
+    except Exception as error:  # whatever comes here means: narrower blocks can't be called like this
         raise ValueError(
             f"the blocks of a {type(model).__name__} can't be called in narrow ({type(error).__name__}: {error}); "
             "Adapter and LoRA change the blocks themselves."
