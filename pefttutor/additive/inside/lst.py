@@ -49,8 +49,9 @@ class LST:
 
     The model says U · norm(s) where it said its last hidden states, also at the start: it doesn't start as it was. Its
     head, and a BERT's pooler, read that. Nothing below the side network gets a gradient, so what is attached to the
-    blocks learns nothing through it. The authors prune by the weights' Fisher information on the task; every r-th
-    feature needs no data, and lets the positions' rotations stay what they were.
+    blocks learns nothing through it. Of two ladders that take effect the earlier one speaks. The authors prune by the
+    weights' Fisher information on the task; every r-th feature needs no data, and lets the positions' rotations stay
+    what they were.
 
     Shapes: D (d/r, d), U (d, d/r), with biases; a block's own, divided by r.
     Cost: it trains about 1/r² of the blocks, and d²/r for each D and for U (`count`); a forward pass takes so much
@@ -172,9 +173,7 @@ def _try(model: Any) -> None:
     try:
         with trial(model):
             model(**trial_inputs(model))
-    except (
-        Exception
-    ) as error:  # whatever comes here means: its narrower blocks can't be called as its own are
+    except Exception as error:  # whatever comes here means: narrower blocks can't be called like this
         raise ValueError(
             f"the blocks of a {type(model).__name__} can't be called in narrow ({type(error).__name__}: {error}); "
             "Adapter and LoRA change the blocks themselves."

@@ -14,23 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from pefttutor.bench.row import Row, Side, Step
-from pefttutor.bench.steps import alike, llama_like
+from pefttutor.bench.steps import alike
 
 ALPHA, R, PROMPT, TOKENS = 1.0, 8, 32, 8
 TARGETS = ("q_proj", "v_proj")
+STEERED, PAIR = "campus-small", "campus-nano"  # as in lesson 07
 
 
 class TwoRows(nn.Module):
     """A linear layer that adds W_B W_A x in the first half of the batch. W_B holds LoRA's scaling, too."""
+
+    lora_A: Tensor
+    lora_B: Tensor
 
     def __init__(self, layer: nn.Linear, lora_A: Tensor, lora_B: Tensor) -> None:
         super().__init__()
         self.layer = layer
         self.register_buffer("lora_A", lora_A)
         self.register_buffer("lora_B", lora_B)
-
-    lora_A: Tensor
-    lora_B: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
@@ -39,22 +40,14 @@ class TwoRows(nn.Module):
         return y
 
 
-def small_llama(seed: int) -> Any:
-    """The pair's model: as `llama_like`, but 256 wide and of four layers, 11.4 M parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **sizes, tie_word_embeddings=True))
-
-
 def build(side: Side, seed: int, device: str, *, batch: int) -> Step:
     """The steered logits of the next 8 tokens behind prompts of 32, which are in the caches. The bound is M alone."""
     from pefttutor.lowrank.lora import LoRA
     from pefttutor.method import detach
+    from pefttutor.models import load
 
-    base: Any = llama_like(seed).eval().to(device)
-    minus: Any = small_llama(seed + 1).eval()
+    base: Any = load(STEERED)[0].eval().to(device)
+    minus: Any = load(PAIR)[0].eval()
     plus = LoRA(r=R, lora_alpha=2 * R, target_modules=TARGETS).attach(copy.deepcopy(minus))
     alike(plus, {}, seed)
     tokens = torch.randint(0, 50, (batch, PROMPT + TOKENS), generator=torch.Generator().manual_seed(seed)).to(
@@ -115,7 +108,7 @@ def _write(models: list[Any], caches: list[Any], tokens: Tensor, side: Side) -> 
 ROWS = [
     Row(
         name=f"steered_decode_{batch}",
-        work=f"{TOKENS} steered tokens of {batch} text{'s' * (batch > 1)} behind {PROMPT}, Llama-like 36 M by 11 M",
+        work=f"{TOKENS} steered tokens of {batch} text{'s' * (batch > 1)} behind {PROMPT}, {STEERED} by {PAIR}",
         peer="three models with caches, one after the other (the authors' way)",
         build=partial(build, batch=batch),
         goals={"time": goal},
