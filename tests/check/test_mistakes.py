@@ -18,6 +18,8 @@ from pefttutor.check import (
     ex10_pairs,
     ex11_answers,
     ex12_answers,
+    ex15_answers,
+    ex15_starts,
     ex24_answers,
 )
 from tests.check.rejection import reason
@@ -63,6 +65,10 @@ MISTAKES = {
     check.ex12_2: ex12_answers.MERGE_MISTAKES,
     check.ex12_3: ex12_answers.COUNT_MISTAKES,
     check.ex12_4: ex12_answers.TRUNCATE_MISTAKES,
+    check.ex15_1: ex15_answers.FORWARD_MISTAKES,
+    check.ex15_2: ex15_answers.GRADIENT_MISTAKES,
+    check.ex15_3: ex15_starts.NORM_MISTAKES,
+    check.ex15_4: ex15_starts.START_MISTAKES,
     check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
     check.ex24_2: ex24_answers.HARD_MISTAKES,
     check.ex24_3: ex24_answers.COMPOSED_MISTAKES,

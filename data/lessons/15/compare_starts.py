@@ -2,12 +2,12 @@
 
     python data/lessons/15/compare_starts.py        goes on where it was stopped
 
-PiSSA starts at the eight strongest directions of a weight, MiLoRA at the eight weakest, on two tasks. The control on
-one of them, "random start", starts at eight orthonormal directions drawn by the seed, with PiSSA's singular values: a
-start as large as PiSSA's that knows nothing of the weight. Each adapts q_proj and v_proj of campus-nano with the
-factor α/r = 2, and trains the new head, for 120 steps of 16, as LoRA does in compare_ranks.py of lesson 12. A seed
-draws the examples and their order. Learning rates lie on 1, 2, 5, 10, …: five other seeds try 0.005, 0.01 and 0.02,
-and more as long as the best mean accuracy on the validation split lies at an edge.
+PiSSA starts at the eight strongest directions of a weight, MiLoRA at the eight weakest. The control, "random start",
+starts at eight orthonormal directions drawn by the seed, with PiSSA's singular values: a start as large as PiSSA's
+that knows nothing of the weight. PiSSA is tried on two tasks, the others on one. Each adapts q_proj and v_proj of
+campus-nano with the factor α/r = 2, and trains the new head, for 120 steps of 16, as LoRA does in compare_ranks.py of
+lesson 12. A seed draws the examples and their order. Learning rates lie on 1, 2, 5, 10, …: five other seeds try
+0.005, 0.01 and 0.02, and more as long as the best mean accuracy on the validation split lies at an edge.
 
 Lesson 15 reads the table, compare_starts.jsonl.
 """
@@ -25,13 +25,7 @@ from pefttutor.parts.linear import dense_weight
 from pefttutor.parts.lowrank_targets import add_lowrank
 
 MODEL, HEAD, STEPS, BATCH = "campus-nano", ("score",), 120, 16
-CASES = [
-    ("verdicts", 64, "PiSSA"),
-    ("verdicts", 64, "MiLoRA"),
-    ("animals", 256, "PiSSA"),
-    ("animals", 256, "MiLoRA"),
-    ("animals", 256, "random start"),
-]
+CASES = [("verdicts", 64, "PiSSA"), *(("animals", 256, way) for way in ("PiSSA", "MiLoRA", "random start"))]
 WINDOW = (5e-3, 2e-2)
 SETTINGS = {"r": 8, "lora_alpha": 16, "modules_to_save": HEAD}
 
