@@ -19,6 +19,8 @@ from pefttutor.check import (
     ex11_answers,
     ex12_answers,
     ex14_answers,
+    ex15_answers,
+    ex15_starts,
     ex24_answers,
 )
 from tests.check.rejection import reason
@@ -68,6 +70,10 @@ MISTAKES = {
     check.ex14_2: ex14_answers.IMPORTANCE_MISTAKES,
     check.ex14_3: ex14_answers.BUDGET_MISTAKES,
     check.ex14_4: ex14_answers.PROXIMAL_MISTAKES,
+    check.ex15_1: ex15_answers.FORWARD_MISTAKES,
+    check.ex15_2: ex15_answers.GRADIENT_MISTAKES,
+    check.ex15_3: ex15_starts.NORM_MISTAKES,
+    check.ex15_4: ex15_starts.START_MISTAKES,
     check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
     check.ex24_2: ex24_answers.HARD_MISTAKES,
     check.ex24_3: ex24_answers.COMPOSED_MISTAKES,
