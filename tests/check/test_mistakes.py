@@ -18,6 +18,7 @@ from pefttutor.check import (
     ex10_pairs,
     ex11_answers,
     ex12_answers,
+    ex22_answers,
     ex24_answers,
 )
 from tests.check.rejection import reason
@@ -63,6 +64,10 @@ MISTAKES = {
     check.ex12_2: ex12_answers.MERGE_MISTAKES,
     check.ex12_3: ex12_answers.COUNT_MISTAKES,
     check.ex12_4: ex12_answers.TRUNCATE_MISTAKES,
+    check.ex22_1: ex22_answers.TUNED_MISTAKES,
+    check.ex22_2: ex22_answers.INTRUDERS_MISTAKES,
+    check.ex22_3: ex22_answers.SHRUNK_MISTAKES,
+    check.ex22_4: ex22_answers.BACK_MISTAKES,
     check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
     check.ex24_2: ex24_answers.HARD_MISTAKES,
     check.ex24_3: ex24_answers.COMPOSED_MISTAKES,
