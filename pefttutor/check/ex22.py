@@ -35,30 +35,31 @@ def _rows(lr: float, scores: str, *, first_seed: int = 7, test: float = 0.5) -> 
 
 @exercise("22.1", reference=tuned)
 def ex22_1(attempt: Any) -> None:
-    """Rows out of order, a lucky run, a rate that too few seeds tried, test seeds among the rows, equal means."""
-    lucky = _rows(1e-2, "0.5 1.0 0.6") + _rows(2e-3, "0.7 0.8 0.75") + _rows(5e-3, "0.7 0.9 0.74")
-    lucky += _rows(1e-3, "0.3 0.4 0.5", test=0.9) + _rows(5e-2, "0.95") + _rows(2e-3, "1.0 1.0", first_seed=0)
+    """Lucky and ruined runs, a rate that too few seeds tried, test seeds among the rows, equal means, both edges."""
+    lucky = _rows(1e-2, "0.5 1.0 0.6") + _rows(5e-3, "0.7 0.9 0.74") + _rows(2e-3, "0.76 0.76 0.76")
+    lucky += _rows(2e-2, "0.6 0.6 0.6") + _rows(2e-2, "1 1 1 1 1 1 1", first_seed=0)
+    lucky += _rows(3e-2, "0.8 0.8 0.1") + _rows(5e-2, "0.95") + _rows(1e-1, "0.1 0.1 0.1")
+    lucky += _rows(1e-3, "0.3 0.4 0.5", test=0.9)
     equal = _rows(2e-3, "0.5 0.75 1.0") + _rows(1e-3, "1.0 0.75 0.5") + _rows(5e-3, "0.25 0.25 0.25")
     up = _rows(1e-3, "0.1 0.2 0.3") + _rows(2e-3, "0.2 0.3 0.4") + _rows(1e-1, "0.3 0.4 0.5")
-    median = _rows(1e-3, "0.5 0.5 0.5") + _rows(2e-3, "0.6 0.62 0.1") + _rows(5e-3, "0.55 0.55 0.52")
-    median += _rows(1e-2, "0.2 0.2 0.2")
-    for rows in (lucky, equal, up, median):
+    for rows in (lucky, equal, up):
         same_result(attempt, tuned, {"rows": rows, "search_seeds": [7, 8, 9]}, mistakes=TUNED_MISTAKES)
 
 
 def _invaded(seed: int) -> tuple[Tensor, Tensor]:
-    """A weight (9, 6), and the same after two directions have come that it didn't have, one of them strong."""
-    before = torch.linalg.qr(_draw(9, 6, seed=seed)).Q * torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
-    before = before @ torch.linalg.qr(_draw(6, 6, seed=seed + 1)).Q
-    new = torch.linalg.qr(torch.cat([before, _draw(9, 3, seed=seed + 2)], dim=1)).Q[:, 6:]
-    sides = torch.linalg.qr(_draw(6, 2, seed=seed + 3)).Q
-    return before, before + 9 * torch.outer(new[:, 0], sides[:, 0]) + 5 * torch.outer(new[:, 1], sides[:, 1])
+    """A weight (12, 8), and the same once its weakest direction has become strong and two new ones have come."""
+    U, new = torch.linalg.qr(_draw(12, 10, seed=seed)).Q.split([8, 2], dim=1)
+    V = torch.linalg.qr(_draw(8, 8, seed=seed + 1)).Q
+    before = (U * torch.arange(8.0, 0.0, -1.0)) @ V.T
+    sides = torch.linalg.qr(_draw(8, 2, seed=seed + 2)).Q
+    after = before + 11 * torch.outer(U[:, 7], V[:, 7]) + (new * torch.tensor([9.0, 6.0])) @ sides.T
+    return before, after
 
 
 @exercise("22.2", reference=intruders)
 def ex22_2(attempt: Any) -> None:
     """Weights that aren't square, in which strong and weak directions have come, with signs either way."""
-    for seed, top, epsilon in ((0, 4, 0.6), (10, 3, 0.5), (20, 5, 0.7), (30, 6, 0.8)):
+    for seed, top, epsilon in ((2397, 6, 0.7), (192, 4, 0.6), (231, 6, 0.7)):
         before, after = _invaded(seed)
         inputs = {"before": before, "after": after, "top": top, "epsilon": epsilon}
         same_result(attempt, intruders, inputs, mistakes=INTRUDERS_MISTAKES)
@@ -82,7 +83,7 @@ def ex22_3(attempt: Any) -> None:
 def ex22_4(attempt: Any) -> None:
     """A step shorter than the change, one that is longer, and a weight that nothing has changed."""
     before, after = _draw(7, 5, seed=3), _draw(7, 5, seed=4)
-    for shorter in (after + _draw(7, 5, seed=5) / 3, after + 4 * _draw(7, 5, seed=5)):
+    for shorter in (after + _draw(7, 5, seed=5) / 30, after + 4 * _draw(7, 5, seed=5)):
         inputs = {"before": before, "after": after, "shorter": shorter}
         same_result(attempt, stepped_back, inputs, mistakes=BACK_MISTAKES)
     same_result(attempt, stepped_back, {"before": before, "after": before, "shorter": before})

@@ -131,11 +131,6 @@ INTRUDERS_MISTAKES: dict[str, Callable[..., Any]] = {
     "the mean cosine is compared; one near relative is enough": lambda before, after, top, epsilon: _chosen(
         (_left(after)[:, :top].T @ _left(before)).abs().mean(1) < epsilon
     ),
-    "the smallest cosine is compared; ask for the nearest of the old directions": (
-        lambda before, after, top, epsilon: _chosen(
-            (_left(after)[:, :top].T @ _left(before)).abs().amin(1) < epsilon
-        )
-    ),
     "the i-th is compared with the i-th alone: an old direction may have changed its place": (
         lambda before, after, top, epsilon: _chosen(
             (_left(after) * _left(before)).sum(0).abs()[:top] < epsilon
