@@ -22,7 +22,7 @@ def tuned(rows: Rows, search_seeds: Sequence[int]) -> tuple[float, bool]:
     return _tuned(rows, search_seeds)
 
 
-def intruders(before: Tensor, after: Tensor, top: int, epsilon: float) -> list[int]:
+def intruders(before: Tensor, after: Tensor, top: int = 10, epsilon: float = 0.5) -> list[int]:
     """Which of the `top` first left singular vectors of `after` have |cos| < epsilon with every one of `before`."""
     U0, U = _left(before), _left(after)
     nearest = (U[:, :top].T @ U0).abs().amax(dim=1)
