@@ -1,8 +1,8 @@
-"""Lesson 22: LoRA of rank 8 on every linear layer, over ten seeds of 64 verdicts.
+"""Lesson 22: LoRA of rank 8 on the attention, on the MLPs, and on every linear layer, over ten seeds of 64 verdicts.
 
     python data/lessons/22/sweep_verdicts.py        goes on where it was stopped
 
-LoRA with the factor α/r = 2 adapts the attention's four projections and the MLP's three in every block of
+LoRA with the factor α/r = 2 adapts the attention's four projections, the MLP's three, or all seven, in every block of
 campus-nano, and trains the new head, for 120 steps of 16 on 64 verdicts, as it does on q_proj and v_proj in
 compare_ranks.py of lesson 12. A seed draws the examples, their order and the factors A. Learning rates lie on 1, 2, 5,
 10, …: five other seeds try three of them, and more as long as the best mean accuracy on the validation split lies at an
@@ -20,8 +20,8 @@ from pefttutor.authoring.tables import compare, drawn, prepared, scores
 MODEL, HEAD, STEPS, BATCH = "campus-nano", ("score",), 120, 16
 TASK, N, SEARCH = "verdicts", 64, range(100, 105)
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-PLACES = {"all": ATTENTION + MLP}
-WINDOWS = {"all": (2e-3, 1e-2)}
+PLACES = {"all": ATTENTION + MLP, "mlp": MLP, "attention": ATTENTION}
+WINDOWS = {"all": (2e-3, 1e-2), "mlp": (5e-3, 2e-2), "attention": (5e-3, 2e-2)}
 
 
 def train(task, n, way, lr, seed):
