@@ -1,0 +1,111 @@
+"""The references of notebook 22 against what they stand for, and wrong answers beyond those that the checks know."""
+
+import pytest
+import torch
+
+from pefttutor import check
+from pefttutor.authoring.evidence import paired
+from pefttutor.authoring.tables import best, read, searched
+from pefttutor.check import ex22
+from tests.check.rejection import reason
+
+
+def _draw(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("table", ["09/compare_masks.jsonl", "12/compare_ranks.jsonl"])
+def test_the_search_chooses_the_rates_that_the_tables_chose(table):
+    header, rows = read(table)
+    seeds = header["search_seeds"]
+    for case, chosen in best(header, rows).items():
+        if rates := searched(header, rows)[case]:
+            names = list(rows[0])[: len(case)]
+            own = [row for row in rows if tuple(row[name] for name in names) == case]
+            at_edge = chosen[0]["lr"] in (min(rates), max(rates))
+            assert ex22.tuned(own, seeds) == (chosen[0]["lr"], at_edge)
+            assert paired(chosen, chosen).mean == 0
+
+
+def test_intruders_and_shrinking_are_hf_pefts():
+    """Its function on a layer of its own: the same directions found, the same weight after shrinking."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(6, 9)
+
+        def forward(self, x):
+            return self.up(x)
+
+    theirs = get_peft_model(Model(), LoraConfig(r=6, lora_alpha=12, target_modules=["up"]))
+    layer = theirs.base_model.model.up
+    layer.lora_A["default"].weight.data = _draw(6, 6, seed=1)
+    layer.lora_B["default"].weight.data = _draw(9, 6, seed=2)
+    before, delta, said = layer.get_base_layer().weight.data, layer.get_delta_weight("default").detach(), []
+    reduce_intruder_dimension(
+        theirs, top_k=4, threshold_epsilon=0.7, mitigation_lambda=0.25, logging_sink=said.append
+    )
+    found = ex22.intruders(before, before + delta, 4, 0.7)
+    assert found
+    assert f"Intruders: {len(found)}" in said[0]
+    after = before + layer.get_delta_weight("intruder_reduced").detach()  # rank 6 holds the whole change
+    torch.testing.assert_close(ex22.shrunk(before + delta, found, 0.25), after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_back_is_as_long_as_the_shrinking_and_ends_at_the_start():
+    before, after = _draw(7, 5, seed=3), _draw(7, 5, seed=4)
+    shorter = ex22.shrunk(after, [0, 2], 0.75)
+    back = ex22.stepped_back(before, after, shorter)
+    assert float((after - back).norm()) == pytest.approx(float((after - shorter).norm()), rel=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(
+        (after - back).flatten(), (after - before).flatten(), dim=0
+    )
+    assert float(cosine) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(ex22.stepped_back(before, after, after + 100), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("check_function", "attempt", "says"),
+    [
+        (check.ex22_1, lambda rows, search_seeds: None, "None"),
+        (check.ex22_1, lambda rows, search_seeds: max(rows, key=lambda row: row["validation"]), "lr"),
+        (check.ex22_2, lambda before, after, top, epsilon: None, "None"),
+        (check.ex22_2, lambda before, after, top, epsilon: before @ after, "RuntimeError"),
+        (check.ex22_3, lambda after, which, keep: None, "None"),
+        (check.ex22_3, lambda after, which, keep: torch.linalg.svd(after).U, "shape"),
+        (check.ex22_4, lambda before, after, shorter: None, "None"),
+        (
+            check.ex22_4,
+            lambda before, after, shorter: (
+                after - (after - before) * ((after - shorter).norm() / (after - before).norm()).clamp(max=1)
+            ),
+            "nan",
+        ),
+    ],
+)
+def test_other_wrong_answers_are_rejected_too(check_function, attempt, says):
+    assert says in reason(check_function, attempt)
+
+
+def right_by_hand(before, after, shorter):
+    change, step = (after - before).flatten(), (after - shorter).flatten()
+    ratio = (step @ step).sqrt() / (change @ change).sqrt()
+    return (
+        after.clone() if not change.any() else (after.flatten() - change * ratio.clamp(max=1)).view_as(after)
+    )
+
+
+def subtracted_by_hand(after, which, keep):
+    U, sigma, Vh = torch.linalg.svd(after, full_matrices=False)
+    result = after.clone()
+    for i in which:
+        result -= (1 - keep) * sigma[i] * torch.outer(U[:, i], Vh[i])
+    return result
+
+
+def test_other_right_answers_are_taken():
+    assert check.ex22_4(right_by_hand) is right_by_hand
+    assert check.ex22_3(subtracted_by_hand) is subtracted_by_hand
