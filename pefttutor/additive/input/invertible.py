@@ -39,7 +39,9 @@ class InvertibleAdapter:
         pefttutor.switch(model, "velan-words", "velan", "topic", train=("topic",))
         pefttutor.switch(model, "german-words", "german", "topic")            # the same task in another language
 
-    What is attached later acts around what was attached before it, so all languages are attached before the task.
+    What is attached later acts around what was attached before it, so all languages are attached before the task. A
+    file knows the model that it was saved from, with its head; onto a classifier on the same body a language's values
+    are copied by their names, which are the same there.
 
     >>> from pefttutor.models import load
     >>> model, _ = load("campus-nano")
@@ -107,7 +109,7 @@ class InvertibleAdapter:
     def _drawn(self, width: int) -> dict[str, Tensor]:
         """F's W_d, b_d, W_u and b_u, and then G's, by their keys."""
         generator = torch.Generator().manual_seed(self.init_seed)
-        found = {}
+        found: dict[str, Tensor] = {}
         for which in ("F", "G"):
             drawn = draw_projections(width // 2, self._middle(width), generator, self.init_std)
             found |= {key.replace("adapter", f"invertible_{which}"): value for key, value in drawn.items()}
