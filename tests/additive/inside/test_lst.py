@@ -32,7 +32,7 @@ R, D, HEADS = 3, 24, 4
 NARROW, WIDTH = D // R, D // R // HEADS  # of the side network, and of one of its heads
 
 
-def read_by(model, batch, kind):
+def read_by(model, batch):
     """What goes into the first block and what each block gives, of the plain model."""
     stack, found = blocks(model)[1], []
     handles = [
@@ -106,7 +106,7 @@ PLACE = {"llama": ("model", "model.layers"), "bert": ("bert.encoder", "bert.enco
 def by_hand(kind, base, leaves, batch, kept):
     """The loss by the formula, of tensors by the names they are saved under."""
     around, stack = PLACE[kind]
-    h, mask = read_by(base, batch, kind), batch["attention_mask"].bool()
+    h, mask = read_by(base, batch), batch["attention_mask"].bool()
 
     def of(place):
         start = f"{place}.lst_"
@@ -364,8 +364,11 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reduction": 7}, "reduction is 7; it must divide the width of the hidden states, 24, and leave 2"),
-        ({"reduction": 4}, "reduction is 4; it must divide the width of a head, 6, and leave 2"),
+        (
+            {"reduction": 7},
+            "reduction is 7; it must divide the width of the hidden states, 24, and leave at least 2 features",
+        ),
+        ({"reduction": 4}, "reduction is 4; it must divide the width of a head, 6, and leave at least 2"),
         ({"reduction": 2}, r"reduction is 2; it must leave pairs of the 6 features of a head"),
         ({"reduction": R, "layers": (0, 2)}, "layers has 2, and this model has the blocks 0 to 1"),
     ],
