@@ -341,6 +341,25 @@ def test_of_two_ladders_the_earlier_one_speaks_and_each_speaks_alone():
     assert torch.equal(said["ab"], said["a"])
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_on_the_body_alone_it_says_what_the_head_of_a_whole_model_reads_also_under_autocast(kind):
+    """With the same values; half precision rounds what is said by some thousandths and gives every gradient."""
+    inputs = batch_of(kind)
+    del inputs["labels"]
+    whole, body = tiny_model(kind), tiny_model(kind).base_model
+    moved(LST(reduction=R).attach(whole))
+    LST(reduction=R).attach(body).load_state_dict(whole.base_model.state_dict())
+    said, pooled = (*body(**inputs).values(), None)[:2]
+    with_head = whole.classifier(pooled) if kind == "bert" else whole.lm_head(said)
+    assert torch.equal(with_head, whole(**inputs).logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = body(**inputs)[0]
+    assert 0 < (half - said).norm() < 0.02 * said.norm()
+    found = gradients(body, half.float().sum())
+    assert found.keys() == gradients(body, said.sum()).keys()
+    assert all(grad.isfinite().all() for grad in found.values())
+
+
 # ---- what is refused
 
 
