@@ -299,9 +299,10 @@ def opt() -> nn.Module:
     return hf.OPTForCausalLM(hf.OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4))
 
 
-def a_head_without_words() -> nn.Module:
+def head_at(name: str) -> nn.Module:
+    """A model that takes another layer for its output embeddings."""
     model = tiny_model("llama")
-    model.get_output_embeddings = lambda: model.model.layers[1].mlp.down_proj
+    model.get_output_embeddings = lambda: model.model.layers[1].get_submodule(name)
     return model
 
 
@@ -319,7 +320,8 @@ REFUSED = {
         r"those of this OPTForCausalLM read \[12\] and give 97 features, with 97 tokens and blocks of the width 24\. "
         r".*attach it to the body, model.base_model",
     ),
-    "no head": (a_head_without_words, r"read \[40\] and give 24 features, with 97 tokens"),
+    "no head": (lambda: head_at("mlp.down_proj"), r"read \[40\] and give 24 features, with 97 tokens"),
+    "no words": (lambda: head_at("self_attn.o_proj"), r"read \[24\] and give 24 features, with 97 tokens"),
 }  # fmt: skip
 
 
