@@ -246,7 +246,7 @@ MELORA_MISTAKES: dict[str, Callable[..., Any]] = {
     ),
     "all blocks see the first share of x": _melora(split=lambda x, n: [x.chunk(n, dim=-1)[0]] * n),
     "the blocks' outputs are added up; they are shares of the output": _melora(
-        joined=lambda parts: sum(parts)
+        joined=lambda parts: torch.stack(parts).sum(0)
     ),
     "all blocks use the first B": lambda x, A, B, s: melora_branch(x, A, B[:1].expand_as(B), s),
     "all blocks use the first A": lambda x, A, B, s: melora_branch(x, A[:1].expand_as(A), B, s),
