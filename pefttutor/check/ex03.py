@@ -19,10 +19,7 @@ from pefttutor.check.ex03_answers import (
     mixed_batch,
     with_prompt,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 def _mask(*lengths: int) -> Tensor:
@@ -36,8 +33,8 @@ def ex03_1(attempt: Any) -> None:
         mask = _mask(*lengths)
         answer = torch.arange(mask.shape[1]) == torch.tensor(lengths)[:, None] - 1
         inputs = {
-            "prompt": _draw(count, 7, seed=1),
-            "embeds": _draw(*mask.shape, 7, seed=2),
+            "prompt": draw(count, 7, seed=1),
+            "embeds": draw(*mask.shape, 7, seed=2),
             "mask": mask,
             "labels": torch.where(answer, torch.arange(11, 11 + len(lengths))[:, None], IGNORED),
         }
@@ -54,7 +51,7 @@ def ex03_1(attempt: Any) -> None:
 def ex03_2(attempt: Any) -> None:
     """Labels of one, two and three pieces, with drawn words behind them, and more labels than rows."""
     inputs: dict[str, Any] = {
-        "table": _draw(9, 4, seed=3),
+        "table": draw(9, 4, seed=3),
         "labels": [[5], [2, 7, 1], [8, 3]],
         "drawn": [6, 0, 4],
         "count": 5,
@@ -70,11 +67,11 @@ def ex03_3(attempt: Any) -> None:
     for task in ([2, 0, 1, 0], [1, 1, 2, 0]):
         mask = _mask(3, 5, 4, 2)
         inputs = {
-            "prompt_0": _draw(2, 6, seed=4),
-            "prompt_1": _draw(4, 6, seed=5),
-            "prompt_2": _draw(3, 6, seed=6),
+            "prompt_0": draw(2, 6, seed=4),
+            "prompt_1": draw(4, 6, seed=5),
+            "prompt_2": draw(3, 6, seed=6),
             "task": torch.tensor(task),
-            "embeds": _draw(*mask.shape, 6, seed=7),
+            "embeds": draw(*mask.shape, 6, seed=7),
             "mask": mask,
         }
         same_result(

@@ -13,12 +13,9 @@ from pefttutor.check.compare import same_result
 from pefttutor.check.core import exercise
 from pefttutor.check.ex04_answers import ATTENTION_MISTAKES, SHARE_MISTAKES, prefix_attention, prefix_share
 from pefttutor.check.ex04_prefix import MLP_MISTAKES, PAIRS_MISTAKES, MadeByMLP, layer_pairs
+from pefttutor.check.values import draw
 
 LEAVES = ("table", "first.weight", "first.bias", "second.weight", "second.bias")
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @exercise("04.1", reference=prefix_attention)
@@ -30,9 +27,9 @@ def ex04_1(attempt: Any) -> None:
     ):
         seen = torch.tensor(mask)
         text = {
-            name: _draw(len(mask), 2, seen.shape[1], 4, seed=seed) for seed, name in enumerate("qkv", start=1)
+            name: draw(len(mask), 2, seen.shape[1], 4, seed=seed) for seed, name in enumerate("qkv", start=1)
         }
-        own = {"prefix_k": _draw(2, count, 4, seed=4), "prefix_v": _draw(2, count, 4, seed=5)}
+        own = {"prefix_k": draw(2, count, 4, seed=4), "prefix_v": draw(2, count, 4, seed=5)}
         same_result(
             attempt,
             prefix_attention,
@@ -45,7 +42,7 @@ def ex04_1(attempt: Any) -> None:
 @exercise("04.2", reference=prefix_share)
 def ex04_2(attempt: Any) -> None:
     """Keys that aren't seen, with gradients; then scores so large that exp overflows."""
-    prefix_scores, text_scores = _draw(2, 3, 4, seed=6), _draw(2, 3, 5, seed=7)
+    prefix_scores, text_scores = draw(2, 3, 4, seed=6), draw(2, 3, 5, seed=7)
     text_scores[0, 0, 3:] = text_scores[1, 2, :2] = -torch.inf
     for level in (0.0, 100.0):  # both parts alike, so that no share is 0 or 1
         inputs = {"prefix_scores": prefix_scores + level, "text_scores": text_scores + level}
@@ -56,7 +53,7 @@ def ex04_2(attempt: Any) -> None:
 def ex04_3(attempt: Any) -> None:
     """Layers, heads, virtual tokens, head size and texts that are all of another number."""
     for layers, heads, batch, count in ((3, 2, 4, 5), (2, 3, 1, 4)):
-        inputs = {"prefix": _draw(count, 2 * layers * heads * 6, seed=8)}
+        inputs = {"prefix": draw(count, 2 * layers * heads * 6, seed=8)}
         inputs |= {"layers": layers, "heads": heads, "batch": batch}  # type: ignore[dict-item]
         same_result(
             _listed(attempt),
@@ -100,9 +97,9 @@ def _portrait(made: Callable[..., Any], count: int, d: int, m: int, width: int) 
     seen["independent rows of the table"] = int(torch.linalg.matrix_rank(model.table.detach()))
     with torch.no_grad():
         for seed, name in enumerate(LEAVES, start=10):
-            named[name].copy_(_draw(*named[name].shape, seed=seed))
+            named[name].copy_(draw(*named[name].shape, seed=seed))
     prefix = model()
-    total = (prefix * _draw(*prefix.shape, seed=20)).sum()
+    total = (prefix * draw(*prefix.shape, seed=20)).sum()
     found = torch.autograd.grad(total, [named[name] for name in LEAVES], allow_unused=True)
     kept = model.dropped()
     return seen | {

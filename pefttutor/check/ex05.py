@@ -18,18 +18,15 @@ from pefttutor.check.ex05_answers import (
     adapted_sublayer,
 )
 from pefttutor.check.ex05_blocks import COUNT_MISTAKES, DROP_MISTAKES, adapter_count, for_all_tasks
+from pefttutor.check.values import draw
 
 NAMES = ("down", "down_bias", "up", "up_bias")
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @exercise("05.1", reference=Bottleneck)
 def ex05_1(attempt: Any) -> None:
     """The start, of which no two right answers draw the same numbers; then the formula, with numbers that we give."""
-    inputs = {"h": _draw(2, 3, 48, seed=1), "width": 48, "m": 12, "scaling": 4.0}
+    inputs = {"h": draw(2, 3, 48, seed=1), "width": 48, "m": 12, "scaling": 4.0}
     _observed(_portrait, attempt, Bottleneck, inputs, BOTTLENECK_MISTAKES, gradients=("h",))
 
 
@@ -37,7 +34,7 @@ def ex05_1(attempt: Any) -> None:
 def ex05_2(attempt: Any) -> None:
     """A sublayer and an adapter that aren't linear; the calls are counted, and the gradient goes through both."""
     _observed(
-        _placed, attempt, adapted_sublayer, {"x": _draw(2, 3, 5, seed=6)}, SUBLAYER_MISTAKES, gradients=("x",)
+        _placed, attempt, adapted_sublayer, {"x": draw(2, 3, 5, seed=6)}, SUBLAYER_MISTAKES, gradients=("x",)
     )
 
 
@@ -53,7 +50,7 @@ def ex05_3(attempt: Any) -> None:
 def ex05_4(attempt: Any) -> None:
     """Blocks that are all different, adapters that are all different, and every call counted."""
     for skip in (2, 0, 4):
-        inputs = {"x": _draw(2, 3, seed=7), "skip": skip}
+        inputs = {"x": draw(2, 3, seed=7), "skip": skip}
         _observed(_run_tasks, attempt, for_all_tasks, inputs, DROP_MISTAKES)
 
 
@@ -87,10 +84,10 @@ def _portrait(made: Callable[..., Any], h: Tensor, width: int, m: int, scaling: 
     seen["the same generator gives the same numbers"] = torch.equal(drawn[0], again.down)
     with torch.no_grad():
         for seed, parameter in enumerate(drawn, start=2):
-            parameter.copy_(_draw(*parameter.shape, seed=seed) / 4)
+            parameter.copy_(draw(*parameter.shape, seed=seed) / 4)
     y = adapter(h)
     found = torch.autograd.grad(
-        (y * _draw(*y.shape, seed=11)).sum(), drawn, retain_graph=True, allow_unused=True
+        (y * draw(*y.shape, seed=11)).sum(), drawn, retain_graph=True, allow_unused=True
     )
     return seen | {"A(h)": y, "gradients": dict(zip(NAMES, found, strict=True))}
 
@@ -113,7 +110,7 @@ def _start(down: Tensor, _down_bias: Tensor, up: Tensor, up_bias: Tensor) -> dic
 
 
 def _placed(function: Callable[..., Any], x: Tensor) -> dict[str, Any]:
-    weight, other = _draw(5, 5, seed=9), _draw(5, 5, seed=10)
+    weight, other = draw(5, 5, seed=9), draw(5, 5, seed=10)
     called = {"f": 0, "adapter": 0}
 
     def f(value: Tensor) -> Tensor:
@@ -133,7 +130,7 @@ def _run_tasks(function: Callable[..., Any], x: Tensor, skip: int) -> dict[str, 
 
     def block(i: int, h: Tensor, adapter: float | None) -> Tensor:
         called[i] += 1
-        h = torch.tanh(h @ _draw(3, 3, seed=20 + i))
+        h = torch.tanh(h @ draw(3, 3, seed=20 + i))
         return h if adapter is None else h + torch.sin(adapter * h)
 
     blocks = [functools.partial(block, i) for i in range(4)]

@@ -21,21 +21,18 @@ from pefttutor.check.ex06_answers import (
     penalty,
     shares,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 @exercise("06.1", reference=shares)
 def ex06_1(attempt: Any) -> None:
     """Scores of about one, so that no softmax is saturated; more tokens than adapters, and more features."""
     inputs = {
-        "h": _draw(2, 4, 5, seed=1),
-        "z": _draw(2, 4, 3, 5, seed=2),
-        "query": _draw(5, 5, seed=3) / 3,
-        "query_bias": _draw(5, seed=4) / 2,
-        "key": _draw(5, 5, seed=5) / 3,
+        "h": draw(2, 4, 5, seed=1),
+        "z": draw(2, 4, 3, 5, seed=2),
+        "query": draw(5, 5, seed=3) / 3,
+        "query_bias": draw(5, seed=4) / 2,
+        "key": draw(5, 5, seed=5) / 3,
     }
     same_result(attempt, shares, inputs, gradients=("h", "z", "query", "key"), mistakes=SHARES_MISTAKES)
 
@@ -47,7 +44,7 @@ def ex06_2(attempt: Any) -> None:
     same_result(
         functools.partial(_placed, attempt),
         functools.partial(_placed, fused_sublayer),
-        {"h": _draw(2, 4, 5, seed=6), "value": _draw(5, 5, seed=7)},
+        {"h": draw(2, 4, 5, seed=6), "value": draw(5, 5, seed=7)},
         gradients=("h", "value"),
         mistakes=known,
     )
@@ -68,7 +65,7 @@ def ex06_3(attempt: Any) -> None:
 @exercise("06.4", reference=penalty)
 def ex06_4(attempt: Any) -> None:
     """Layers of two widths, so that a sum and a mean differ in more than a factor."""
-    inputs = {"values": [_draw(3, 3, seed=8), _draw(3, 3, seed=9), _draw(4, 4, seed=10)], "weight": 0.1}
+    inputs = {"values": [draw(3, 3, seed=8), draw(3, 3, seed=9), draw(4, 4, seed=10)], "weight": 0.1}
     same_result(_with_gradients(attempt), _with_gradients(penalty), inputs, mistakes={
         name: _with_gradients(mistake) for name, mistake in PENALTY_MISTAKES.items()
     })  # fmt: skip
@@ -79,7 +76,7 @@ def _placed(function: Callable[..., Any], h: Tensor, value: Tensor) -> dict[str,
 
     def adapter(n: int, x: Tensor) -> Tensor:
         called[n] += 1
-        return torch.sin(x @ _draw(5, 5, seed=20 + n))
+        return torch.sin(x @ draw(5, 5, seed=20 + n))
 
     def choose(h: Tensor, z: Tensor) -> Tensor:
         return (h.unsqueeze(-2) * torch.cos(z)).sum(-1).softmax(-1)

@@ -21,16 +21,13 @@ from pefttutor.check.ex07_answers import (
     two_row_linear,
     write_steered,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 @exercise("07.1", reference=steered)
 def ex07_1(attempt: Any) -> None:
     """Logits of a batch; then log-probabilities of one model beside logits of the others, which changes nothing."""
-    three = {name: 2 * _draw(3, 4, 7, seed=seed) for name, seed in (("own", 1), ("expert", 2), ("anti", 3))}
+    three = {name: 2 * draw(3, 4, 7, seed=seed) for name, seed in (("own", 1), ("expert", 2), ("anti", 3))}
     for inputs in (three | {"alpha": 0.7}, three | {"own": three["own"].log_softmax(-1), "alpha": 1.6}):
         same_result(attempt, steered, inputs, mistakes=STEERED_MISTAKES)
 
@@ -40,8 +37,8 @@ class _Reader:
 
     def __init__(self, seed: int) -> None:
         self.seen = 0
-        self.words, self.turn = _draw(9, 5, seed=seed), _draw(5, 5, seed=seed + 1) / 2
-        self.says = 2 * _draw(9, 5, seed=seed + 2)
+        self.words, self.turn = draw(9, 5, seed=seed), draw(5, 5, seed=seed + 1) / 2
+        self.says = 2 * draw(9, 5, seed=seed + 2)
 
     def __call__(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         state = torch.zeros(len(tokens), 5) if cache is None else cache
@@ -82,13 +79,13 @@ def _with_reading(write: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 def ex07_3(attempt: Any) -> None:
     """Other tokens are shown for each text, and not in the vocabulary's order."""
     for k, alpha in ((3, 0.7), (4, 1.6)):
-        own = (2 * _draw(2, 8, seed=70 + k)).log_softmax(-1)
+        own = (2 * draw(2, 8, seed=70 + k)).log_softmax(-1)
         shown, ids = own.topk(k)
         inputs = {
             "shown": shown,
             "ids": ids,
-            "expert": 2 * _draw(2, 8, seed=80 + k),
-            "anti": 2 * _draw(2, 8, seed=90 + k),
+            "expert": 2 * draw(2, 8, seed=80 + k),
+            "anti": 2 * draw(2, 8, seed=90 + k),
             "alpha": alpha,
         }
         same_result(attempt, steered_top, inputs, mistakes=TOP_MISTAKES)
@@ -99,10 +96,10 @@ def ex07_4(attempt: Any) -> None:
     """As many tokens as rows, so that a mark along the wrong axis is no error of shapes."""
     for on in ((1.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0)):
         inputs = {
-            "x": _draw(4, 4, 5, seed=101),
-            "weight": _draw(7, 5, seed=102),
-            "lora_A": _draw(3, 5, seed=103),
-            "lora_B": _draw(7, 3, seed=104),
+            "x": draw(4, 4, 5, seed=101),
+            "weight": draw(7, 5, seed=102),
+            "lora_A": draw(3, 5, seed=103),
+            "lora_B": draw(7, 3, seed=104),
             "scaling": 1.5,
             "on": torch.tensor(on),
         }

@@ -18,10 +18,7 @@ from pefttutor.check.ex08_answers import (
     masked_step,
     smallest_masks,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 class _Block(nn.Module):
@@ -86,7 +83,7 @@ def _chosen(function: Callable[..., Any]) -> Callable[..., Any]:
 @exercise("08.2", reference=smallest_masks)
 def ex08_2(attempt: Any) -> None:
     """Shapes and scales that differ; a quarter of n = 48, 9.6 entries, everything, nothing; then equal values."""
-    weights = {"a": _draw(5, 3, seed=1), "b": 0.3 * _draw(9, seed=2) + 0.2, "c": 2 * _draw(2, 4, 3, seed=3)}
+    weights = {"a": draw(5, 3, seed=1), "b": 0.3 * draw(9, seed=2) + 0.2, "c": 2 * draw(2, 4, 3, seed=3)}
     for fraction in (0.25, 0.2, 1.0, 0.01):
         inputs = {"weights": weights, "fraction": fraction}
         same_result(attempt, smallest_masks, inputs, mistakes=MASKS_MISTAKES)
@@ -100,10 +97,10 @@ def ex08_2(attempt: Any) -> None:
 def ex08_3(attempt: Any) -> None:
     """A weight that isn't square, with a velocity that isn't zero, neither inside nor outside the mask."""
     inputs = {
-        "weight": _draw(3, 5, seed=4),
-        "grad": _draw(3, 5, seed=5),
-        "velocity": _draw(3, 5, seed=6),
-        "mask": _draw(3, 5, seed=7) > 0.3,
+        "weight": draw(3, 5, seed=4),
+        "grad": draw(3, 5, seed=5),
+        "velocity": draw(3, 5, seed=6),
+        "mask": draw(3, 5, seed=7) > 0.3,
         "lr": 0.1,
         "momentum": 0.9,
         "decay": 0.2,

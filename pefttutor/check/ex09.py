@@ -18,23 +18,20 @@ from pefttutor.check.ex09_answers import (
     squared_gradients,
     true_fisher,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 @exercise("09.1", reference=true_fisher)
 def ex09_1(attempt: Any) -> None:
     """More inputs than classes, unequal probabilities, and none of them near 0 or 1."""
-    inputs = {"x": _draw(7, 5, seed=1) + 0.5, "weight": 0.4 * _draw(3, 5, seed=2)}
+    inputs = {"x": draw(7, 5, seed=1) + 0.5, "weight": 0.4 * draw(3, 5, seed=2)}
     same_result(attempt, true_fisher, inputs, mistakes=TRUE_FISHER_MISTAKES)
 
 
 @exercise("09.2", reference=squared_gradients)
 def ex09_2(attempt: Any) -> None:
     """A layer that isn't square, several samples, several tokens."""
-    inputs = {"a": _draw(4, 3, 6, seed=3), "delta": _draw(4, 3, 5, seed=4)}
+    inputs = {"a": draw(4, 3, 6, seed=3), "delta": draw(4, 3, 5, seed=4)}
     same_result(attempt, squared_gradients, inputs, mistakes=SQUARED_MISTAKES)
 
 
@@ -44,7 +41,7 @@ def _information() -> dict[str, Tensor]:
     shapes |= {"layers.0.weight": (8, 5), "score.weight": (2, 3)}
     scales = (1.0, 3.0, 2.0, 0.5, 2.0)
     return {
-        name: scale * _draw(*shape, seed=seed).square()
+        name: scale * draw(*shape, seed=seed).square()
         for seed, ((name, shape), scale) in enumerate(zip(shapes.items(), scales, strict=True), start=5)
     }
 

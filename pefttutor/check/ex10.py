@@ -19,11 +19,7 @@ from pefttutor.check.ex10_answers import (
     share_outside,
 )
 from pefttutor.check.ex10_pairs import PAIRED_MISTAKES, paired
-from pefttutor.check.values import close, fresh
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import close, draw, fresh
 
 
 def _uniform(*shape: int, seed: int) -> Tensor:
@@ -34,7 +30,7 @@ def _uniform(*shape: int, seed: int) -> Tensor:
 def ex10_1(attempt: Any) -> None:
     """Tensors of different shapes, one without a gradient, and a p that isn't its own complement."""
     inputs = {
-        "grads": {"a": _draw(4, 6, seed=1), "frozen": None, "b": _draw(7, seed=2)},
+        "grads": {"a": draw(4, 6, seed=1), "frozen": None, "b": draw(7, seed=2)},
         "draws": {"a": _uniform(4, 6, seed=3), "frozen": _uniform(3, seed=4), "b": _uniform(7, seed=5)},
         "p": 0.3,
     }
@@ -58,11 +54,11 @@ def ex10_2(attempt: Any) -> None:
 def ex10_3(attempt: Any) -> None:
     """A weight that isn't square, in its third step: moments that aren't zero, inside and outside the mask."""
     inputs = {
-        "weight": _draw(3, 5, seed=6),
-        "grad": _draw(3, 5, seed=7),
-        "mask": _draw(3, 5, seed=8) > 0.2,
-        "exp_avg": _draw(3, 5, seed=9),
-        "exp_avg_sq": _draw(3, 5, seed=10).square(),
+        "weight": draw(3, 5, seed=6),
+        "grad": draw(3, 5, seed=7),
+        "mask": draw(3, 5, seed=8) > 0.2,
+        "exp_avg": draw(3, 5, seed=9),
+        "exp_avg_sq": draw(3, 5, seed=10).square(),
         "t": 3,
         "lr": 0.1,
         "betas": (0.9, 0.99),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pefttutor.check.compare import same_result
 from pefttutor.check.core import exercise
@@ -19,22 +18,19 @@ from pefttutor.check.ex11_answers import (
     masked_linear,
     second_order_mask,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 @exercise("11.1", reference=masked_linear)
 def ex11_1(attempt: Any) -> None:
     """A batch of sequences and one vector, a layer that isn't square, a score that is the threshold itself."""
     threshold = 0.25  # exact in binary, and its negative is among the scores
-    scores = 0.5 * _draw(4, 3, seed=1)
+    scores = 0.5 * draw(4, 3, seed=1)
     scores[0, 0], scores[1, 2], scores[2, 1] = threshold, -0.75, 0.125
     for leading in ((2, 5), ()):
         inputs = {
-            "x": _draw(*leading, 3, seed=2),
-            "weight": _draw(4, 3, seed=3),
+            "x": draw(*leading, 3, seed=2),
+            "weight": draw(4, 3, seed=3),
             "scores": scores,
             "threshold": threshold,
         }
@@ -53,8 +49,8 @@ def ex11_2(attempt: Any) -> None:
 @exercise("11.3", reference=second_order_mask)
 def ex11_3(attempt: Any) -> None:
     """Gradients that agree on some entries and cancel on others, some of one example alone; curvatures of any size."""
-    curvature = 2.0 ** _draw(16, seed=8)
-    gradients = _draw(6, 16, seed=9) * 3.0 ** _draw(6, 16, seed=11) + 0.3 * _draw(16, seed=10)
+    curvature = 2.0 ** draw(16, seed=8)
+    gradients = draw(6, 16, seed=9) * 3.0 ** draw(6, 16, seed=11) + 0.3 * draw(16, seed=10)
     for k in (5, 7):
         inputs = {"gradients": gradients, "curvature": curvature, "k": k}
         same_result(attempt, second_order_mask, inputs, mistakes=SECOND_ORDER_MISTAKES)
@@ -63,10 +59,10 @@ def ex11_3(attempt: Any) -> None:
 @exercise("11.4", reference=best_fall)
 def ex11_4(attempt: Any) -> None:
     """A Hessian whose entries interact strongly, and whose diagonal isn't 1."""
-    A = _draw(7, 7, seed=12)
+    A = draw(7, 7, seed=12)
     H = A @ A.T / 7 + 0.3 * torch.eye(7)
     for places in ((0, 2, 5), (1, 3, 4, 6)):
         chosen = torch.zeros(7, dtype=torch.bool)
         chosen[list(places)] = True
-        inputs = {"g": _draw(7, seed=13), "H": H, "chosen": chosen}
+        inputs = {"g": draw(7, seed=13), "H": H, "chosen": chosen}
         same_result(attempt, best_fall, inputs, mistakes=FALL_MISTAKES)

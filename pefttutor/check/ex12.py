@@ -20,11 +20,7 @@ from pefttutor.check.ex12_answers import (
     merged_weight,
     truncate,
 )
-from pefttutor.check.values import describe, fresh
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import describe, draw, fresh
 
 
 @exercise("12.1", reference=lora_forward)
@@ -32,11 +28,11 @@ def ex12_1(attempt: Any) -> None:
     """Values and gradients, for a batch of sequences and for one vector, through a layer that isn't square."""
     for leading, alpha in (((2, 3), 6.0), ((), 5.0)):
         inputs = {
-            "x": _draw(*leading, 5, seed=1),
-            "weight": _draw(7, 5, seed=2),
-            "bias": _draw(7, seed=3),
-            "lora_A": _draw(4, 5, seed=4),
-            "lora_B": _draw(7, 4, seed=5),
+            "x": draw(*leading, 5, seed=1),
+            "weight": draw(7, 5, seed=2),
+            "bias": draw(7, seed=3),
+            "lora_A": draw(4, 5, seed=4),
+            "lora_B": draw(7, 4, seed=5),
             "lora_alpha": alpha,
         }
         same_result(
@@ -49,17 +45,17 @@ def ex12_1(attempt: Any) -> None:
 def ex12_2(attempt: Any) -> None:
     """In float32; then in bfloat16, bit for bit: one rounding too many shows there."""
     inputs = {
-        "weight": _draw(7, 5, seed=2),
-        "lora_A": _draw(4, 5, seed=4),
-        "lora_B": _draw(7, 4, seed=5),
+        "weight": draw(7, 5, seed=2),
+        "lora_A": draw(4, 5, seed=4),
+        "lora_B": draw(7, 4, seed=5),
         "lora_alpha": 6.0,
     }
     same_result(attempt, merged_weight, inputs, mistakes=MERGE_MISTAKES)
     # A seed for which no sum lies so near the middle of two bfloat16 numbers that its order matters.
     half = {
-        "weight": _draw(12, 10, seed=160).bfloat16(),
-        "lora_A": _draw(4, 10, seed=7) / 7,
-        "lora_B": _draw(12, 4, seed=8) / 7,
+        "weight": draw(12, 10, seed=160).bfloat16(),
+        "lora_A": draw(4, 10, seed=7) / 7,
+        "lora_B": draw(12, 4, seed=8) / 7,
         "lora_alpha": 6.0,
     }
     # An error of one bit in bfloat16 is 2⁻⁸ of the number; sums in another order move float32 by 2⁻²² only.
@@ -98,7 +94,7 @@ def ex12_3(attempt: Any) -> None:
 def ex12_4(attempt: Any) -> None:
     """Whatever factors come, what counts is their product with the new scaling α/k."""
     for k in (2, 1):
-        inputs = {"lora_A": _draw(4, 6, seed=9), "lora_B": _draw(9, 4, seed=10), "k": k}
+        inputs = {"lora_A": draw(4, 6, seed=9), "lora_B": draw(9, 4, seed=10), "k": k}
         came = call(attempt, **fresh(inputs))
         wanted = {"A'": (k, 6), "B'": (9, k)}
         if not _has_shapes(came, [*wanted.values()]):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pefttutor.check.compare import same_result
 from pefttutor.check.core import exercise
@@ -20,17 +19,14 @@ from pefttutor.check.ex14_answers import (
     orthogonality,
     proximal,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 @exercise("14.1", reference=orthogonality)
 def ex14_1(attempt: Any) -> None:
     """Values and gradients, of few long rows and of as many as they are long; lengths aren't 1."""
     for shape in ((3, 5), (4, 4)):
-        inputs = {"rows": _draw(*shape, seed=1) / 2}
+        inputs = {"rows": draw(*shape, seed=1) / 2}
         same_result(attempt, orthogonality, inputs, gradients=("rows",), mistakes=ORTHOGONALITY_MISTAKES)
 
 
@@ -38,10 +34,10 @@ def ex14_1(attempt: Any) -> None:
 def ex14_2(attempt: Any) -> None:
     """Averages that are there already, two shares that differ, gradients of both signs."""
     inputs = {
-        "weight": _draw(3, 4, seed=3),
-        "grad": _draw(3, 4, seed=4),
-        "mean": _draw(3, 4, seed=5).abs(),
-        "spread": _draw(3, 4, seed=6).abs(),
+        "weight": draw(3, 4, seed=3),
+        "grad": draw(3, 4, seed=4),
+        "mean": draw(3, 4, seed=5).abs(),
+        "spread": draw(3, 4, seed=6).abs(),
         "beta1": 0.8,
         "beta2": 0.6,
     }

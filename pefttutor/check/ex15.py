@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,11 +17,7 @@ from pefttutor.check.ex15_answers import (
     dora_forward,
 )
 from pefttutor.check.ex15_starts import NORM_MISTAKES, START_MISTAKES, row_norms, singular_start
-from pefttutor.check.values import describe, fresh
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import describe, draw, fresh
 
 
 @exercise("15.1", reference=dora_forward)
@@ -30,12 +25,12 @@ def ex15_1(attempt: Any) -> None:
     """Values and gradients, for a batch of sequences and for one vector; no magnitude is at its start."""
     for leading, alpha in (((2, 3), 6.0), ((), 5.0)):
         inputs = {
-            "x": _draw(*leading, 5, seed=1),
-            "weight": _draw(7, 5, seed=2),
-            "bias": _draw(7, seed=3),
-            "lora_A": _draw(4, 5, seed=4),
-            "lora_B": _draw(7, 4, seed=5),
-            "magnitude": _draw(7, seed=6).abs() + 0.5,
+            "x": draw(*leading, 5, seed=1),
+            "weight": draw(7, 5, seed=2),
+            "bias": draw(7, seed=3),
+            "lora_A": draw(4, 5, seed=4),
+            "lora_B": draw(7, 4, seed=5),
+            "magnitude": draw(7, seed=6).abs() + 0.5,
             "lora_alpha": alpha,
         }
         trained = ("x", "lora_A", "lora_B", "magnitude")
@@ -60,9 +55,9 @@ def _both(function: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]:
 def ex15_2(attempt: Any) -> None:
     """A gradient that has a part along every row, and no magnitude at its start."""
     inputs = {
-        "grad": _draw(7, 5, seed=1),
-        "changed": _draw(7, 5, seed=2),
-        "magnitude": _draw(7, seed=3).abs() + 0.5,
+        "grad": draw(7, 5, seed=1),
+        "changed": draw(7, 5, seed=2),
+        "magnitude": draw(7, seed=3).abs() + 0.5,
     }
     known = {name: _both(mistake) for name, mistake in GRADIENT_MISTAKES.items()}
     same_result(_both(attempt), _both(direction_gradient), inputs, mistakes=known)
@@ -100,9 +95,9 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
 def ex15_3(attempt: Any) -> None:
     """The norms of a weight that isn't square, and what was made on the way."""
     inputs = {
-        "weight": 3 * _draw(7, 9, seed=1),
-        "lora_A": _draw(2, 9, seed=2),
-        "lora_B": _draw(7, 2, seed=3),
+        "weight": 3 * draw(7, 9, seed=1),
+        "lora_A": draw(2, 9, seed=2),
+        "lora_B": draw(7, 2, seed=3),
         "scaling": 0.4,
     }
     known = {name: _watched(mistake) for name, mistake in NORM_MISTAKES.items()}
@@ -112,7 +107,7 @@ def ex15_3(attempt: Any) -> None:
 @exercise("15.4", reference=singular_start)
 def ex15_4(attempt: Any) -> None:
     """Signs are free; what counts is s · B A, and how S is shared between the factors."""
-    inputs = {"weight": _draw(9, 6, seed=7), "r": 2, "scaling": 4.0}
+    inputs = {"weight": draw(9, 6, seed=7), "r": 2, "scaling": 4.0}
     for minor in (False, True):
         came = call(attempt, **fresh(inputs), minor=minor)
         if not (

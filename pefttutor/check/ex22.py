@@ -18,10 +18,7 @@ from pefttutor.check.ex22_intruders import (
     shrunk,
     stepped_back,
 )
-
-
-def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from pefttutor.check.values import draw
 
 
 def _rows(lr: float, scores: str, *, first_seed: int = 7, test: float = 0.5) -> list[dict[str, float]]:
@@ -55,10 +52,10 @@ def ex22_2(attempt: Any) -> None:
 
 def _invaded(seed: int) -> tuple[Tensor, Tensor]:
     """A weight (12, 8), and the same once its weakest direction has become strong and two new ones have come."""
-    U, new = torch.linalg.qr(_draw(12, 10, seed=seed)).Q.split([8, 2], dim=1)
-    V = torch.linalg.qr(_draw(8, 8, seed=seed + 1)).Q
+    U, new = torch.linalg.qr(draw(12, 10, seed=seed)).Q.split([8, 2], dim=1)
+    V = torch.linalg.qr(draw(8, 8, seed=seed + 1)).Q
     before = (U * torch.arange(8.0, 0.0, -1.0)) @ V.T
-    sides = torch.linalg.qr(_draw(8, 2, seed=seed + 2)).Q
+    sides = torch.linalg.qr(draw(8, 2, seed=seed + 2)).Q
     after = before + 11 * torch.outer(U[:, 7], V[:, 7]) + (new * torch.tensor([9.0, 6.0])) @ sides.T
     return before, after
 
@@ -70,7 +67,7 @@ def ex22_3(attempt: Any) -> None:
         before, after = _invaded(seed)
         inputs = {"before": before, "after": after, "top": top, "epsilon": epsilon}
         same_result(attempt, intruders, inputs, mistakes=INTRUDERS_MISTAKES)
-    calm = _draw(5, 7, seed=40)
+    calm = draw(5, 7, seed=40)
     same_result(attempt, intruders, {"before": calm, "after": 2 * calm, "top": 5, "epsilon": 0.5})
 
 
@@ -78,9 +75,9 @@ def ex22_3(attempt: Any) -> None:
 def ex22_4(attempt: Any) -> None:
     """Two directions that aren't the first ones, one, and none, in weights of two shapes."""
     for after, which, keep in (
-        (_draw(7, 5, seed=1), [1, 3], 0.75),
-        (_draw(4, 6, seed=2), [2], 0.25),
-        (_draw(4, 6, seed=2), [], 0.25),
+        (draw(7, 5, seed=1), [1, 3], 0.75),
+        (draw(4, 6, seed=2), [2], 0.25),
+        (draw(4, 6, seed=2), [], 0.25),
     ):
         inputs = {"after": after, "which": which, "keep": keep}
         same_result(attempt, shrunk, inputs, mistakes=SHRUNK_MISTAKES)
@@ -89,8 +86,8 @@ def ex22_4(attempt: Any) -> None:
 @exercise("22.5", reference=stepped_back)
 def ex22_5(attempt: Any) -> None:
     """A step shorter than the change, one that is longer, and a weight that nothing has changed."""
-    before, after = _draw(7, 5, seed=3), _draw(7, 5, seed=4)
-    for shorter in (after + _draw(7, 5, seed=5) / 30, after + 4 * _draw(7, 5, seed=5)):
+    before, after = draw(7, 5, seed=3), draw(7, 5, seed=4)
+    for shorter in (after + draw(7, 5, seed=5) / 30, after + 4 * draw(7, 5, seed=5)):
         inputs = {"before": before, "after": after, "shorter": shorter}
         same_result(attempt, stepped_back, inputs, mistakes=BACK_MISTAKES)
     same_result(attempt, stepped_back, {"before": before, "after": before, "shorter": before})

@@ -51,6 +51,11 @@ def different_numbers(came: Tensor, expected: Tensor, *, rtol: float, atol: floa
     return numbers(came, first), numbers(expected, first)
 
 
+def draw(*shape: int, seed: int) -> Tensor:
+    """Normal numbers, the same on every machine."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def fresh(inputs: Mapping[str, Any], gradients: Sequence[str] = ()) -> dict[str, Any]:
     """A copy of the inputs that shares nothing with them; tensors named in `gradients` are leaves that want one.
 

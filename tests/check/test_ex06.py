@@ -8,13 +8,10 @@ from torch.nn import functional as F
 
 from pefttutor import Adapter, AdapterFusion, check
 from pefttutor.check import ex06
+from pefttutor.check.values import draw
 from pefttutor.kernels.fusion_attention import fusion_attention
 from tests.check.rejection import reason
 from tests.tiny import tiny_model
-
-
-def _draw(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_right_answers_written_in_another_way_pass(capsys):
@@ -45,8 +42,8 @@ def test_right_answers_written_in_another_way_pass(capsys):
 
 
 def test_the_kernel_computes_what_the_references_do():
-    h, adapters = _draw(2, 4, 6, seed=1), [lambda x, k=k: torch.sin(k * x) for k in (1, 2, 3)]
-    query, key, value, bias = (_draw(6, *rest, seed=2 + i) / 2 for i, rest in enumerate([(6,)] * 3 + [()]))
+    h, adapters = draw(2, 4, 6, seed=1), [lambda x, k=k: torch.sin(k * x) for k in (1, 2, 3)]
+    query, key, value, bias = (draw(6, *rest, seed=2 + i) / 2 for i, rest in enumerate([(6,)] * 3 + [()]))
     found = ex06.fused_sublayer(h, adapters, lambda h, z: ex06.shares(h, z, query, bias, key), value)
     z = torch.stack([adapter(h) for adapter in adapters], -2)
     torch.testing.assert_close(found, h + fusion_attention(h, z, query, bias, key, value))
@@ -66,7 +63,7 @@ def test_the_package_starts_and_pulls_as_the_references_do():
         for key, expected in (("value", value), ("bias", bias)):
             assert key not in n or torch.equal(p, expected)
     for value in values:
-        value.data += _draw(width, width, seed=3)
+        value.data += draw(width, width, seed=3)
     torch.testing.assert_close(method.penalty(model), ex06.penalty(copy.deepcopy(values), 0.3))
 
 

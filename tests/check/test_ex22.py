@@ -12,11 +12,8 @@ from pefttutor import check
 from pefttutor.authoring.evidence import paired
 from pefttutor.authoring.tables import best, read, searched
 from pefttutor.check import ex22
+from pefttutor.check.values import draw
 from tests.check.rejection import reason
-
-
-def _draw(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("table", ["09/compare_masks.jsonl", "12/compare_ranks.jsonl"])
@@ -53,8 +50,8 @@ def test_intruders_and_shrinking_are_hf_pefts():
 
     theirs = get_peft_model(Model(), LoraConfig(r=6, lora_alpha=12, target_modules=["up"]))
     layer = theirs.base_model.model.up
-    layer.lora_A["default"].weight.data = _draw(6, 6, seed=1)
-    layer.lora_B["default"].weight.data = _draw(9, 6, seed=2)
+    layer.lora_A["default"].weight.data = draw(6, 6, seed=1)
+    layer.lora_B["default"].weight.data = draw(9, 6, seed=2)
     before, delta, said = layer.get_base_layer().weight.data, layer.get_delta_weight("default").detach(), []
     reduce_intruder_dimension(
         theirs, top_k=4, threshold_epsilon=0.7, mitigation_lambda=0.25, logging_sink=said.append
@@ -67,7 +64,7 @@ def test_intruders_and_shrinking_are_hf_pefts():
 
 
 def test_a_step_back_is_as_long_as_the_shrinking_and_ends_at_the_start():
-    before, after = _draw(7, 5, seed=3), _draw(7, 5, seed=4)
+    before, after = draw(7, 5, seed=3), draw(7, 5, seed=4)
     shorter = ex22.shrunk(after, [0, 2], 0.75)
     back = ex22.stepped_back(before, after, shorter)
     assert float((after - back).norm()) == pytest.approx(float((after - shorter).norm()), rel=1e-5)
