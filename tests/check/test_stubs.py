@@ -32,7 +32,7 @@ REFERENCES = {
     "12": ("lora_forward", "merged_weight", "count_lora", "truncate"),
     "14": ("orthogonality", "importance", "budget", "proximal"),
     "15": ("dora_forward", "direction_gradient", "row_norms", "singular_start"),
-    "22": ("tuned", "intruders", "shrunk", "stepped_back"),
+    "22": ("tuned", "expected_best", "intruders", "shrunk", "stepped_back"),
     "24": ("lottery_difference", "hard_fisher", "composed"),
 }
 EXERCISES = {
