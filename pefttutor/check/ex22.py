@@ -1,4 +1,4 @@
-"""Notebook 22, LoRA honestly: the rate that a search has found, intruder dimensions, and the two ways back."""
+"""Notebook 22, LoRA honestly: a search's rate, what k tries reach, intruder dimensions, and the two ways back."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch import Tensor
 
 from pefttutor.check.compare import same_result
 from pefttutor.check.core import exercise
-from pefttutor.check.ex22_answers import (
+from pefttutor.check.ex22_answers import BEST_MISTAKES, TUNED_MISTAKES, expected_best, tuned
+from pefttutor.check.ex22_intruders import (
     BACK_MISTAKES,
     INTRUDERS_MISTAKES,
     SHRUNK_MISTAKES,
-    TUNED_MISTAKES,
     intruders,
     shrunk,
     stepped_back,
-    tuned,
 )
 from pefttutor.check.values import draw
 
@@ -43,6 +42,14 @@ def ex22_1(attempt: Any) -> None:
         same_result(attempt, tuned, {"rows": rows, "search_seeds": [7, 8, 9]}, mistakes=TUNED_MISTAKES)
 
 
+@exercise("22.2", reference=expected_best)
+def ex22_2(attempt: Any) -> None:
+    """Scores in no order, two of them equal, for several k; then one try, and all of them."""
+    scores = [0.3, 0.5, 0.3, 0.65, 0.7, 1.0]
+    for k in (3, 2, 1, 6):
+        same_result(attempt, expected_best, {"scores": scores, "k": k}, mistakes=BEST_MISTAKES)
+
+
 def _invaded(seed: int) -> tuple[Tensor, Tensor]:
     """A weight (12, 8), and the same once its weakest direction has become strong and two new ones have come."""
     U, new = torch.linalg.qr(draw(12, 10, seed=seed)).Q.split([8, 2], dim=1)
@@ -53,8 +60,8 @@ def _invaded(seed: int) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-@exercise("22.2", reference=intruders)
-def ex22_2(attempt: Any) -> None:
+@exercise("22.3", reference=intruders)
+def ex22_3(attempt: Any) -> None:
     """Weights that aren't square, in which strong and weak directions have come, with signs either way."""
     for seed, top, epsilon in ((2397, 6, 0.7), (192, 4, 0.6), (231, 6, 0.7)):
         before, after = _invaded(seed)
@@ -64,8 +71,8 @@ def ex22_2(attempt: Any) -> None:
     same_result(attempt, intruders, {"before": calm, "after": 2 * calm, "top": 5, "epsilon": 0.5})
 
 
-@exercise("22.3", reference=shrunk)
-def ex22_3(attempt: Any) -> None:
+@exercise("22.4", reference=shrunk)
+def ex22_4(attempt: Any) -> None:
     """Two directions that aren't the first ones, one, and none, in weights of two shapes."""
     for after, which, keep in (
         (draw(7, 5, seed=1), [1, 3], 0.75),
@@ -76,8 +83,8 @@ def ex22_3(attempt: Any) -> None:
         same_result(attempt, shrunk, inputs, mistakes=SHRUNK_MISTAKES)
 
 
-@exercise("22.4", reference=stepped_back)
-def ex22_4(attempt: Any) -> None:
+@exercise("22.5", reference=stepped_back)
+def ex22_5(attempt: Any) -> None:
     """A step shorter than the change, one that is longer, and a weight that nothing has changed."""
     before, after = draw(7, 5, seed=3), draw(7, 5, seed=4)
     for shorter in (after + draw(7, 5, seed=5) / 30, after + 4 * draw(7, 5, seed=5)):

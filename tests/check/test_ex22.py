@@ -1,7 +1,12 @@
 """The references of notebook 22 against what they stand for, and wrong answers beyond those that the checks know."""
 
+from itertools import combinations
+from statistics import fmean
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pefttutor import check
 from pefttutor.authoring.evidence import paired
@@ -22,6 +27,12 @@ def test_the_search_chooses_the_rates_that_the_tables_chose(table):
             at_edge = chosen[0]["lr"] in (min(rates), max(rates))
             assert ex22.tuned(own, seeds) == (chosen[0]["lr"], at_edge)
             assert paired(chosen, chosen).mean == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.data())
+def test_what_k_tries_reach_is_the_mean_over_all_their_sets(scores, data):
+    k = data.draw(st.integers(1, len(scores)))
+    assert ex22.expected_best(scores, k) == pytest.approx(every_set_by_hand(scores, k))
 
 
 def test_intruders_and_shrinking_are_hf_pefts():
@@ -69,13 +80,15 @@ def test_a_step_back_is_as_long_as_the_shrinking_and_ends_at_the_start():
     [
         (check.ex22_1, lambda rows, search_seeds: None, "None"),
         (check.ex22_1, lambda rows, search_seeds: max(rows, key=lambda row: row["validation"]), "lr"),
-        (check.ex22_2, lambda before, after, top, epsilon: None, "None"),
-        (check.ex22_2, lambda before, after, top, epsilon: before @ after, "RuntimeError"),
-        (check.ex22_3, lambda after, which, keep: None, "None"),
-        (check.ex22_3, lambda after, which, keep: torch.linalg.svd(after).U, "shape"),
-        (check.ex22_4, lambda before, after, shorter: None, "None"),
+        (check.ex22_2, lambda scores, k: None, "None"),
+        (check.ex22_2, lambda scores, k: max(combinations(scores, k)), "expected"),
+        (check.ex22_3, lambda before, after, top, epsilon: None, "None"),
+        (check.ex22_3, lambda before, after, top, epsilon: before @ after, "RuntimeError"),
+        (check.ex22_4, lambda after, which, keep: None, "None"),
+        (check.ex22_4, lambda after, which, keep: torch.linalg.svd(after).U, "shape"),
+        (check.ex22_5, lambda before, after, shorter: None, "None"),
         (
-            check.ex22_4,
+            check.ex22_5,
             lambda before, after, shorter: (
                 after - (after - before) * ((after - shorter).norm() / (after - before).norm()).clamp(max=1)
             ),
@@ -103,6 +116,11 @@ def subtracted_by_hand(after, which, keep):
     return result
 
 
+def every_set_by_hand(scores, k):
+    return fmean(max(tries) for tries in combinations(scores, k))
+
+
 def test_other_right_answers_are_taken():
-    assert check.ex22_4(right_by_hand) is right_by_hand
-    assert check.ex22_3(subtracted_by_hand) is subtracted_by_hand
+    assert check.ex22_2(every_set_by_hand) is every_set_by_hand
+    assert check.ex22_5(right_by_hand) is right_by_hand
+    assert check.ex22_4(subtracted_by_hand) is subtracted_by_hand

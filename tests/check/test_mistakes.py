@@ -23,6 +23,7 @@ from pefttutor.check import (
     ex15_answers,
     ex15_starts,
     ex22_answers,
+    ex22_intruders,
     ex24_answers,
 )
 from tests.check.rejection import reason
@@ -81,9 +82,10 @@ MISTAKES = {
     check.ex15_3: ex15_answers.GRADIENT_MISTAKES,
     check.ex15_4: ex15_starts.NORM_MISTAKES,
     check.ex22_1: ex22_answers.TUNED_MISTAKES,
-    check.ex22_2: ex22_answers.INTRUDERS_MISTAKES,
-    check.ex22_3: ex22_answers.SHRUNK_MISTAKES,
-    check.ex22_4: ex22_answers.BACK_MISTAKES,
+    check.ex22_2: ex22_answers.BEST_MISTAKES,
+    check.ex22_3: ex22_intruders.INTRUDERS_MISTAKES,
+    check.ex22_4: ex22_intruders.SHRUNK_MISTAKES,
+    check.ex22_5: ex22_intruders.BACK_MISTAKES,
     check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
     check.ex24_2: ex24_answers.HARD_MISTAKES,
     check.ex24_3: ex24_answers.COMPOSED_MISTAKES,

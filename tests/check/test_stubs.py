@@ -33,7 +33,7 @@ REFERENCES = {
     "13": ("restarted", "cut_moment", "mora_branch", "melora_branch"),
     "14": ("orthogonality", "importance", "budget", "proximal"),
     "15": ("dora_forward", "singular_start", "direction_gradient", "row_norms"),
-    "22": ("tuned", "intruders", "shrunk", "stepped_back"),
+    "22": ("tuned", "expected_best", "intruders", "shrunk", "stepped_back"),
     "24": ("lottery_difference", "hard_fisher", "composed"),
 }
 EXERCISES = {
