@@ -47,7 +47,7 @@ OBJECTIVE_MISTAKES: dict[str, Callable[..., Any]] = {
     ),
     "this is |Σ w|: take |w| of each plug-in first": _objective(penalty=lambda w: w.sum().abs()),
     "this is the length of w: take the mean of |w|": _objective(penalty=lambda w: w.norm()),
-    "the penalty is missing": _objective(sign=0.0),
+    "the penalty is missing": lambda batch_means, sizes, w, l1: (batch_means * sizes).sum() / sizes.sum(),
     "the penalty is subtracted, so that large weights are rewarded": _objective(sign=-1.0),
     "l1 is missing": lambda batch_means, sizes, w, l1: objective(batch_means, sizes, w, 1.0),
     "the penalty is divided by the number of examples, too": _objective(
@@ -116,12 +116,9 @@ SEARCH_MISTAKES: dict[str, Callable[..., Any]] = {
     "a step starts from the last candidate, so that this is a random walk: start from the best": _search(
         around="last"
     ),
-    "a step starts from the last candidate, and the last is returned: keep the best": _search(
-        around="last", returns="last"
-    ),
     "every step starts from 0: start from the best so far": _search(around="zero"),
     "the worse one is kept: small costs are good": _search(better=lambda now, least: now > least),
-    "every candidate is kept: only one that costs less than the best": _search(
+    "every candidate is kept: keep one only if it costs less than the best": _search(
         better=lambda now, least: True
     ),
     "the least cost isn't remembered, so that whatever beats the start is kept": _search(remember=False),

@@ -380,7 +380,7 @@ def s_cost(cost, n, tries, bound, step, generator):
         (steps(clamp=False), "clamp each candidate"),
         (steps(back="last"), "the last candidate is returned"),
         (steps(origin="last"), "a random walk"),
-        (steps(origin="last", back="last"), "keep the best"),
+        (steps(origin="last", back="last"), "every candidate is kept"),
         (steps(origin="zero"), "every step starts from 0"),
         (steps(keep=lambda now, least: now > least), "the worse one is kept"),
         (steps(keep=lambda now, least: True), "every candidate is kept"),
