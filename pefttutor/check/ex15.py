@@ -1,4 +1,4 @@
-"""Notebook 15: DoRA's forward pass, its gradient, its cheap norm, and a start at the weight's own directions."""
+"""Notebook 15: DoRA's forward pass and a start at the weight's own directions; 15b: DoRA's gradient and cheap norm."""
 
 from __future__ import annotations
 
@@ -38,74 +38,8 @@ def ex15_1(attempt: Any) -> None:
     same_result(attempt, dora_forward, inputs | {"bias": None})
 
 
-def _both(function: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]:
-    """The gradient with each kind of norm: then a mistake in one of them has a name of its own."""
-
-    def seen(grad: Tensor, changed: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
-        kinds = {"detached": True, "not detached": False}
-        return {
-            kind: function(grad=grad, changed=changed, magnitude=magnitude, detach=detach)
-            for kind, detach in kinds.items()
-        }
-
-    return seen
-
-
-@exercise("15.2", reference=direction_gradient)
+@exercise("15.2", reference=singular_start)
 def ex15_2(attempt: Any) -> None:
-    """A gradient that has a part along every row, and no magnitude at its start."""
-    inputs = {
-        "grad": draw(7, 5, seed=1),
-        "changed": draw(7, 5, seed=2),
-        "magnitude": draw(7, seed=3).abs() + 0.5,
-    }
-    known = {name: _both(mistake) for name, mistake in GRADIENT_MISTAKES.items()}
-    same_result(_both(attempt), _both(direction_gradient), inputs, mistakes=known)
-
-
-class _Largest(TorchDispatchMode):
-    """Remembers the first tensor that is as large as `size` numbers and isn't a view of one that was given."""
-
-    def __init__(self, given: Iterable[Any], size: int) -> None:
-        super().__init__()
-        self.given = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
-        self.size, self.found = size, "none"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(made, Tensor) and made.untyped_storage().nbytes() >= self.size * made.itemsize:
-                new = made.untyped_storage().data_ptr() not in self.given
-                self.found = f"{tuple(made.shape)}" if new and self.found == "none" else self.found
-        return result
-
-
-def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The norms, and whether something as large as the weight was made for them."""
-
-    def seen(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Any:
-        with _Largest((weight, lora_A, lora_B), weight.numel()) as watch:
-            norms = function(weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
-        return norms if norms is None else {"norms": norms, "made as large as the weight": watch.found}
-
-    return seen
-
-
-@exercise("15.3", reference=row_norms)
-def ex15_3(attempt: Any) -> None:
-    """The norms of a weight that isn't square, and what was made on the way."""
-    inputs = {
-        "weight": 3 * draw(7, 9, seed=1),
-        "lora_A": draw(2, 9, seed=2),
-        "lora_B": draw(7, 2, seed=3),
-        "scaling": 0.4,
-    }
-    known = {name: _watched(mistake) for name, mistake in NORM_MISTAKES.items()}
-    same_result(_watched(attempt), _watched(row_norms), inputs, mistakes=known)
-
-
-@exercise("15.4", reference=singular_start)
-def ex15_4(attempt: Any) -> None:
     """Signs are free; what counts is s · B A, and how S is shared between the factors."""
     inputs = {"weight": draw(9, 6, seed=7), "r": 2, "scaling": 4.0}
     for minor in (False, True):
@@ -151,3 +85,69 @@ def _likely_shape(came: Any) -> str | None:
     if len(shapes) == 3:
         return "this is the decomposition; return the two factors"
     return None
+
+
+def _both(function: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]:
+    """The gradient with each kind of norm: then a mistake in one of them has a name of its own."""
+
+    def seen(grad: Tensor, changed: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
+        kinds = {"detached": True, "not detached": False}
+        return {
+            kind: function(grad=grad, changed=changed, magnitude=magnitude, detach=detach)
+            for kind, detach in kinds.items()
+        }
+
+    return seen
+
+
+@exercise("15.3", reference=direction_gradient)
+def ex15_3(attempt: Any) -> None:
+    """A gradient that has a part along every row, and no magnitude at its start."""
+    inputs = {
+        "grad": draw(7, 5, seed=1),
+        "changed": draw(7, 5, seed=2),
+        "magnitude": draw(7, seed=3).abs() + 0.5,
+    }
+    known = {name: _both(mistake) for name, mistake in GRADIENT_MISTAKES.items()}
+    same_result(_both(attempt), _both(direction_gradient), inputs, mistakes=known)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the first tensor that is as large as `size` numbers and isn't a view of one that was given."""
+
+    def __init__(self, given: Iterable[Any], size: int) -> None:
+        super().__init__()
+        self.given = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
+        self.size, self.found = size, "none"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(made, Tensor) and made.untyped_storage().nbytes() >= self.size * made.itemsize:
+                new = made.untyped_storage().data_ptr() not in self.given
+                self.found = f"{tuple(made.shape)}" if new and self.found == "none" else self.found
+        return result
+
+
+def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The norms, and whether something as large as the weight was made for them."""
+
+    def seen(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Any:
+        with _Largest((weight, lora_A, lora_B), weight.numel()) as watch:
+            norms = function(weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+        return norms if norms is None else {"norms": norms, "made as large as the weight": watch.found}
+
+    return seen
+
+
+@exercise("15.4", reference=row_norms)
+def ex15_4(attempt: Any) -> None:
+    """The norms of a weight that isn't square, and what was made on the way."""
+    inputs = {
+        "weight": 3 * draw(7, 9, seed=1),
+        "lora_A": draw(2, 9, seed=2),
+        "lora_B": draw(7, 2, seed=3),
+        "scaling": 0.4,
+    }
+    known = {name: _watched(mistake) for name, mistake in NORM_MISTAKES.items()}
+    same_result(_watched(attempt), _watched(row_norms), inputs, mistakes=known)

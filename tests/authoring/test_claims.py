@@ -39,6 +39,11 @@ def claims_of(text):
     ]
 
 
+def parts_of(text):
+    """Pairs of a notebook's number and what follows its title."""
+    return re.findall(r"^# (\d\db?) (.+?)(?=^# \d|\Z)", text, re.MULTILINE | re.DOTALL)
+
+
 def stands_in(said, text):
     """Whether it stands there as a whole, not as the end or the beginning of another word or number."""
     words = re.escape(as_one_line(said))
@@ -69,18 +74,24 @@ def test_every_lesson_has_its_list():
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.parent.name)
-def test_each_claim_stands_in_its_lesson_and_has_a_carrier(path):
-    (notebook,) = (ROOT / "notebooks").glob(f"{path.parent.name}_*.ipynb")
+def test_each_claim_stands_in_its_notebook_and_has_a_carrier(path):
+    """A list begins with the lesson's claims; those of its appendix, if any, follow under a title of their own."""
     text = path.read_text(encoding="utf-8")
-    claims = claims_of(text)
-    assert len(claims) == len(re.findall(r"^\s*\|", text, re.MULTILINE)) - 2  # no row is passed over
-    said = as_one_line("\n".join(cell.source for cell in Document(notebook).markdown))
-    assert len(claims) >= 5
-    assert missing(claims, said, shown_in(notebook)) == []
+    assert text.startswith(f"# {path.parent.name} ")
+    lesson, *appendix = parts_of(text)
+    assert [number for number, _ in appendix] in ([], [path.parent.name + "b"])
+    assert len(claims_of(lesson[1])) >= 5
+    for number, part in (lesson, *appendix):
+        (notebook,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+        claims = claims_of(part)
+        assert len(claims) == len(re.findall(r"^\s*\|", part, re.MULTILINE)) - 2  # no row is passed over
+        said = as_one_line("\n".join(cell.source for cell in Document(notebook).markdown))
+        assert missing(claims, said, shown_in(notebook)) == []
 
 
 def test_what_is_not_there_is_named():
     text = "| claim | carried by |\n|---|---|\n| It reaches 97 %. | `97.0%` |\n| It is fast. | nothing |\n"
+    assert parts_of(f"# 12 A\n{text}# 12b B\nB") == [("12", f"A\n{text}"), ("12b", "B\nB")]
     assert claims_of(text) == [("It reaches 97 %.", ["97.0%"]), ("It is fast.", [])]
     assert missing(claims_of(text), "It reaches 97 %.", "full: 97.0%") == [
         "not said: It is fast.",

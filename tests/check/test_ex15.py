@@ -125,167 +125,7 @@ def test_15_1_accepts_another_right_form():
     assert check.ex15_1(f_right_outputs) is f_right_outputs
 
 
-# ---- 15.2: the gradient
-
-
-def g_exact(grad, changed, magnitude, detach):
-    return ex15.direction_gradient(grad, changed, magnitude, False)
-
-
-def g_detached(grad, changed, magnitude, detach):
-    return ex15.direction_gradient(grad, changed, magnitude, True)
-
-
-def g_swapped(grad, changed, magnitude, detach):
-    return ex15.direction_gradient(grad, changed, magnitude, not detach)
-
-
-def g_no_magnitude(grad, changed, magnitude, detach):
-    return ex15.direction_gradient(grad, changed, torch.ones_like(magnitude), detach)
-
-
-def g_no_ratio(grad, changed, magnitude, detach):
-    return ex15.direction_gradient(grad, changed, changed.norm(dim=1), detach)
-
-
-def g_no_norm(grad, changed, magnitude, detach):
-    return ex15.direction_gradient(grad, changed, magnitude * changed.norm(dim=1), detach)
-
-
-def g_columns(grad, changed, magnitude, detach):
-    unit = changed / changed.norm(dim=1, keepdim=True)
-    grad = grad if detach else grad - (grad * unit).sum(0) * unit
-    return (magnitude / changed.norm(dim=1))[:, None] * grad
-
-
-def g_plus(grad, changed, magnitude, detach):
-    unit = changed / changed.norm(dim=1, keepdim=True)
-    grad = grad if detach else grad + (grad * unit).sum(1, keepdim=True) * unit
-    return (magnitude / changed.norm(dim=1))[:, None] * grad
-
-
-def g_not_unit(grad, changed, magnitude, detach):
-    grad = grad if detach else grad - (grad * changed).sum(1, keepdim=True) * changed
-    return (magnitude / changed.norm(dim=1))[:, None] * grad
-
-
-def g_rows_of_ratio(grad, changed, magnitude, detach):
-    return magnitude / changed.norm(dim=1) * grad
-
-
-@pytest.mark.parametrize(
-    ("attempt", "words"),
-    [
-        (g_exact, "is taken out although the norm is detached"),
-        (g_detached, "is left in although the norm isn't detached"),
-        (g_swapped, "`detach` is the wrong way round"),
-        (g_no_magnitude, "the magnitude is missing"),
-        (g_no_ratio, "m / norm is missing"),
-        (g_no_norm, "the norm is missing"),
-        (g_columns, "the projection is on the columns"),
-        (g_plus, "added instead of subtracted"),
-        (g_not_unit, "isn't divided by its norm before"),
-        (g_rows_of_ratio, "in your line"),
-    ],
-    ids=names,
-)
-def test_15_2_names_the_mistake(attempt, words):
-    assert words in reason(check.ex15_2, attempt)
-
-
-def g_right_by_autograd(grad, changed, magnitude, detach):
-    changed = changed.clone().requires_grad_()
-    norm = changed.norm(dim=1, keepdim=True)
-    made = magnitude[:, None] * changed / (norm.detach() if detach else norm)
-    return torch.autograd.grad(made, changed, grad)[0]
-
-
-def test_15_2_agrees_with_autograd():
-    assert check.ex15_2(g_right_by_autograd) is g_right_by_autograd
-
-
-# ---- 15.3: the norm without the matrix
-
-
-def n_dense(weight, lora_A, lora_B, scaling):
-    return (weight + scaling * lora_B @ lora_A).norm(dim=1)
-
-
-def n_product(weight, lora_A, lora_B, scaling):
-    delta = scaling * lora_B @ lora_A
-    return (weight.norm(dim=1) ** 2 + 2 * (weight * delta).sum(1) + delta.norm(dim=1) ** 2).sqrt()
-
-
-def n_square(weight, lora_A, lora_B, scaling):
-    mixed = ((weight @ lora_A.T) * lora_B).sum(1)
-    last = ((lora_B @ lora_A @ lora_A.T) * lora_B).sum(1)
-    return ((weight**2).sum(1) + 2 * scaling * mixed + scaling**2 * last).sqrt()
-
-
-def n_by_parts(factor=2.0, power=2, root=True, A_too=True):
-    def norms(weight, lora_A, lora_B, scaling):
-        mixed = ((weight @ lora_A.T) * lora_B).sum(1)
-        last = (lora_B @ (lora_A @ lora_A.T if A_too else torch.eye(2)) * lora_B).sum(1)
-        square = weight.norm(dim=1) ** 2 + factor * scaling * mixed + scaling**power * last
-        return square.sqrt() if root else square
-
-    return norms
-
-
-def n_own(weight, lora_A, lora_B, scaling):
-    return weight.norm(dim=1)
-
-
-def n_columns(weight, lora_A, lora_B, scaling):
-    return weight.norm(dim=0)
-
-
-def n_nothing(weight, lora_A, lora_B, scaling):
-    weight.norm(dim=1)
-
-
-@pytest.mark.parametrize(
-    ("attempt", "words"),
-    [
-        (n_dense, "W + s B A, B A or W² is made"),
-        (n_product, "W + s B A, B A or W² is made"),
-        (n_square, "W + s B A, B A or W² is made"),
-        (n_by_parts(factor=1.0), "the mixed term stands twice"),
-        (n_by_parts(factor=0.0), "the mixed term is missing"),
-        (n_by_parts(factor=-2.0), "the mixed term has a plus"),
-        (n_by_parts(power=1), "s is squared in the last term"),
-        (n_by_parts(root=False), "the root is missing"),
-        (n_by_parts(A_too=False), "A Aᵀ is left out"),
-        (n_own, "these are W's own norms"),
-        (n_columns, "shape (7,)"),
-        (n_nothing, "doesn't return its result"),
-    ],
-    ids=names,
-)
-def test_15_3_names_the_mistake(attempt, words):
-    assert words in reason(check.ex15_3, attempt)
-
-
-def n_right_by_einsum(weight, lora_A, lora_B, scaling):
-    mixed = torch.einsum("or,or->o", torch.einsum("oi,ri->or", weight, lora_A), lora_B)
-    last = torch.einsum("or,or->o", lora_B @ (lora_A @ lora_A.mT), lora_B)
-    return torch.sqrt(torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * scaling * mixed + scaling**2 * last)
-
-
-@pytest.mark.parametrize("attempt", [n_by_parts(), n_right_by_einsum], ids=names)
-def test_15_3_accepts_every_right_form(attempt):
-    assert check.ex15_3(attempt) is attempt
-
-
-def test_15_3_agrees_with_the_package():
-    from pefttutor.kernels.row_norms import row_norms
-
-    generator = torch.Generator().manual_seed(0)
-    W, A, B = (torch.randn(*shape, generator=generator) for shape in ((7, 9), (2, 9), (7, 2)))
-    torch.testing.assert_close(ex15.row_norms(W, A, B, 0.5), row_norms(W, A, B, 0.5))
-
-
-# ---- 15.4: the start
+# ---- 15.2: the start
 
 
 def svd(weight):
@@ -361,8 +201,8 @@ def s_in_place(weight, r, scaling, minor):
     ],
     ids=names,
 )
-def test_15_4_names_the_mistake(attempt, words):
-    assert words in reason(check.ex15_4, attempt)
+def test_15_2_names_the_mistake(attempt, words):
+    assert words in reason(check.ex15_2, attempt)
 
 
 def s_right_other_signs(weight, r, scaling, minor):
@@ -371,12 +211,12 @@ def s_right_other_signs(weight, r, scaling, minor):
     return -A.flip(0), -B.flip(1)
 
 
-def test_15_4_accepts_other_signs_and_another_order():
-    assert check.ex15_4(s_right_other_signs) is s_right_other_signs
+def test_15_2_accepts_other_signs_and_another_order():
+    assert check.ex15_2(s_right_other_signs) is s_right_other_signs
 
 
 @pytest.mark.parametrize(("minor", "name"), [(False, "PiSSA"), (True, "MiLoRA")])
-def test_15_4_agrees_with_the_methods(minor, name):
+def test_15_2_agrees_with_the_methods(minor, name):
     import pefttutor
 
     layer = torch.nn.Linear(6, 9)
@@ -386,3 +226,163 @@ def test_15_4_agrees_with_the_methods(minor, name):
     A, B = (p.detach() for n, p in sorted(model.named_parameters()) if "lora_" in n)
     mine = ex15.singular_start(layer.weight.detach(), 2, 4.0, minor)
     torch.testing.assert_close((A, B), mine)
+
+
+# ---- 15.3: the gradient
+
+
+def g_exact(grad, changed, magnitude, detach):
+    return ex15.direction_gradient(grad, changed, magnitude, False)
+
+
+def g_detached(grad, changed, magnitude, detach):
+    return ex15.direction_gradient(grad, changed, magnitude, True)
+
+
+def g_swapped(grad, changed, magnitude, detach):
+    return ex15.direction_gradient(grad, changed, magnitude, not detach)
+
+
+def g_no_magnitude(grad, changed, magnitude, detach):
+    return ex15.direction_gradient(grad, changed, torch.ones_like(magnitude), detach)
+
+
+def g_no_ratio(grad, changed, magnitude, detach):
+    return ex15.direction_gradient(grad, changed, changed.norm(dim=1), detach)
+
+
+def g_no_norm(grad, changed, magnitude, detach):
+    return ex15.direction_gradient(grad, changed, magnitude * changed.norm(dim=1), detach)
+
+
+def g_columns(grad, changed, magnitude, detach):
+    unit = changed / changed.norm(dim=1, keepdim=True)
+    grad = grad if detach else grad - (grad * unit).sum(0) * unit
+    return (magnitude / changed.norm(dim=1))[:, None] * grad
+
+
+def g_plus(grad, changed, magnitude, detach):
+    unit = changed / changed.norm(dim=1, keepdim=True)
+    grad = grad if detach else grad + (grad * unit).sum(1, keepdim=True) * unit
+    return (magnitude / changed.norm(dim=1))[:, None] * grad
+
+
+def g_not_unit(grad, changed, magnitude, detach):
+    grad = grad if detach else grad - (grad * changed).sum(1, keepdim=True) * changed
+    return (magnitude / changed.norm(dim=1))[:, None] * grad
+
+
+def g_rows_of_ratio(grad, changed, magnitude, detach):
+    return magnitude / changed.norm(dim=1) * grad
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (g_exact, "is taken out although the norm is detached"),
+        (g_detached, "is left in although the norm isn't detached"),
+        (g_swapped, "`detach` is the wrong way round"),
+        (g_no_magnitude, "the magnitude is missing"),
+        (g_no_ratio, "m / norm is missing"),
+        (g_no_norm, "the norm is missing"),
+        (g_columns, "the projection is on the columns"),
+        (g_plus, "added instead of subtracted"),
+        (g_not_unit, "isn't divided by its norm before"),
+        (g_rows_of_ratio, "in your line"),
+    ],
+    ids=names,
+)
+def test_15_3_names_the_mistake(attempt, words):
+    assert words in reason(check.ex15_3, attempt)
+
+
+def g_right_by_autograd(grad, changed, magnitude, detach):
+    changed = changed.clone().requires_grad_()
+    norm = changed.norm(dim=1, keepdim=True)
+    made = magnitude[:, None] * changed / (norm.detach() if detach else norm)
+    return torch.autograd.grad(made, changed, grad)[0]
+
+
+def test_15_3_agrees_with_autograd():
+    assert check.ex15_3(g_right_by_autograd) is g_right_by_autograd
+
+
+# ---- 15.4: the norm without the matrix
+
+
+def n_dense(weight, lora_A, lora_B, scaling):
+    return (weight + scaling * lora_B @ lora_A).norm(dim=1)
+
+
+def n_product(weight, lora_A, lora_B, scaling):
+    delta = scaling * lora_B @ lora_A
+    return (weight.norm(dim=1) ** 2 + 2 * (weight * delta).sum(1) + delta.norm(dim=1) ** 2).sqrt()
+
+
+def n_square(weight, lora_A, lora_B, scaling):
+    mixed = ((weight @ lora_A.T) * lora_B).sum(1)
+    last = ((lora_B @ lora_A @ lora_A.T) * lora_B).sum(1)
+    return ((weight**2).sum(1) + 2 * scaling * mixed + scaling**2 * last).sqrt()
+
+
+def n_by_parts(factor=2.0, power=2, root=True, A_too=True):
+    def norms(weight, lora_A, lora_B, scaling):
+        mixed = ((weight @ lora_A.T) * lora_B).sum(1)
+        last = (lora_B @ (lora_A @ lora_A.T if A_too else torch.eye(2)) * lora_B).sum(1)
+        square = weight.norm(dim=1) ** 2 + factor * scaling * mixed + scaling**power * last
+        return square.sqrt() if root else square
+
+    return norms
+
+
+def n_own(weight, lora_A, lora_B, scaling):
+    return weight.norm(dim=1)
+
+
+def n_columns(weight, lora_A, lora_B, scaling):
+    return weight.norm(dim=0)
+
+
+def n_nothing(weight, lora_A, lora_B, scaling):
+    weight.norm(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (n_dense, "W + s B A, B A or W² is made"),
+        (n_product, "W + s B A, B A or W² is made"),
+        (n_square, "W + s B A, B A or W² is made"),
+        (n_by_parts(factor=1.0), "the mixed term stands twice"),
+        (n_by_parts(factor=0.0), "the mixed term is missing"),
+        (n_by_parts(factor=-2.0), "the mixed term has a plus"),
+        (n_by_parts(power=1), "s is squared in the last term"),
+        (n_by_parts(root=False), "the root is missing"),
+        (n_by_parts(A_too=False), "A Aᵀ is left out"),
+        (n_own, "these are W's own norms"),
+        (n_columns, "shape (7,)"),
+        (n_nothing, "doesn't return its result"),
+    ],
+    ids=names,
+)
+def test_15_4_names_the_mistake(attempt, words):
+    assert words in reason(check.ex15_4, attempt)
+
+
+def n_right_by_einsum(weight, lora_A, lora_B, scaling):
+    mixed = torch.einsum("or,or->o", torch.einsum("oi,ri->or", weight, lora_A), lora_B)
+    last = torch.einsum("or,or->o", lora_B @ (lora_A @ lora_A.mT), lora_B)
+    return torch.sqrt(torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * scaling * mixed + scaling**2 * last)
+
+
+@pytest.mark.parametrize("attempt", [n_by_parts(), n_right_by_einsum], ids=names)
+def test_15_4_accepts_every_right_form(attempt):
+    assert check.ex15_4(attempt) is attempt
+
+
+def test_15_4_agrees_with_the_package():
+    from pefttutor.kernels.row_norms import row_norms
+
+    generator = torch.Generator().manual_seed(0)
+    W, A, B = (torch.randn(*shape, generator=generator) for shape in ((7, 9), (2, 9), (7, 2)))
+    torch.testing.assert_close(ex15.row_norms(W, A, B, 0.5), row_norms(W, A, B, 0.5))

@@ -31,7 +31,7 @@ REFERENCES = {
     "11": ("masked_linear", "hard_concrete", "second_order_mask", "best_fall"),
     "12": ("lora_forward", "merged_weight", "count_lora", "truncate"),
     "14": ("orthogonality", "importance", "budget", "proximal"),
-    "15": ("dora_forward", "direction_gradient", "row_norms", "singular_start"),
+    "15": ("dora_forward", "singular_start", "direction_gradient", "row_norms"),
     "22": ("tuned", "intruders", "shrunk", "stepped_back"),
     "24": ("lottery_difference", "hard_fisher", "composed"),
 }

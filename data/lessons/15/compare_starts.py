@@ -1,14 +1,15 @@
-"""Lesson 15: a start as large as PiSSA's at random directions, on 256 lists of animals, over ten seeds.
+"""Lesson 15: three starts at singular directions, or at directions that are drawn, over ten seeds of two tasks.
 
-    python data/lessons/15/random_start.py        goes on where it was stopped
+    python data/lessons/15/compare_starts.py        goes on where it was stopped
 
-The control for PiSSA starts at eight orthonormal directions drawn by the seed, with PiSSA's singular values: it is as
-large and knows nothing of the weight. It adapts q_proj and v_proj of campus-nano with the factor α/r = 2, and trains
-the new head, for 120 steps of 16, as PiSSA does in pissa_animals.py. A seed draws the examples, their order and the
-directions. Learning rates lie on 1, 2, 5, 10, …: five other seeds try 0.005, 0.01 and 0.02, and more as long as the
-best mean accuracy on the validation split lies at an edge.
+PiSSA starts at the eight strongest directions of q_proj and v_proj of campus-nano, MiLoRA at the eight weakest. The
+control for PiSSA, "random start", has PiSSA's singular values at orthonormal directions drawn by the seed: it is as
+large and knows nothing of the weight. Each has the factor α/r = 2 and trains its factors and the new head for 120 steps
+of 16, as LoRA does in compare_ranks.py of lesson 12. A seed draws the examples, their order and such directions.
+Learning rates lie on 1, 2, 5, 10, …: five other seeds try 0.005, 0.01 and 0.02, and more as long as the best mean
+accuracy on the validation split lies at an edge.
 
-Lesson 15 reads the table, random_start.jsonl.
+Lesson 15 reads the table, compare_starts.jsonl.
 """
 
 import copy
@@ -24,7 +25,7 @@ from pefttutor.parts.linear import dense_weight
 from pefttutor.parts.lowrank_targets import add_lowrank
 
 MODEL, HEAD, STEPS, BATCH = "campus-nano", ("score",), 120, 16
-TASK, N, WINDOW = "animals", 256, (5e-3, 2e-2)
+CASES, WINDOW = [("verdicts", 64), ("animals", 256)], (5e-3, 2e-2)  # task, examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,17 @@ class RandomStart:
         return model
 
 
+METHODS = {
+    "PiSSA": lambda seed, how: pefttutor.PiSSA(**how),
+    "random start": lambda seed, how: RandomStart(init_seed=seed, **how),
+    "MiLoRA": lambda seed, how: pefttutor.MiLoRA(**how),
+}
+
+
 def train(task, n, way, lr, seed):
     """Adapt campus-nano to the n examples of a seed; what `scores` says of it."""
     model = copy.deepcopy(prepared(MODEL, task)[0])
-    RandomStart(r=8, lora_alpha=16, init_seed=seed, modules_to_save=HEAD).attach(model)
+    METHODS[way](seed, {"r": 8, "lora_alpha": 16, "modules_to_save": HEAD}).attach(model)
     examples = drawn(MODEL, task, n, seed)
     pefttutor.fit(model, examples, steps=STEPS, batch_size=BATCH, lr=lr, seed=seed)
     return scores(model, MODEL, task)
@@ -68,13 +76,13 @@ if __name__ == "__main__":
     compare(
         __file__,
         train,
-        {(TASK, N, "random start"): WINDOW},
+        {(*case, way): WINDOW for way in METHODS for case in CASES},
         columns=("task", "n", "way"),
         rates=[1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1],
         seeds=range(10),
         search_seeds=range(100, 105),
         model=MODEL,
-        tasks=[TASK],
+        tasks=[task for task, _ in CASES],
         steps=STEPS,
         batch_size=BATCH,
     )
