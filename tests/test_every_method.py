@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import pefttutor as pt
-from pefttutor.method import DEFAULT, Counts, Method
+from pefttutor.method import DEFAULT, Counts, Method, trained_by
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.entries import entries
+from pefttutor.parts.linear import sizes
+from pefttutor.parts.part import of_kind
+from pefttutor.parts.weight_delta import WeightDelta
 from pefttutor.train.hooks import Hooks
 from pefttutor.train.losses import causal_lm_loss
 from tests.cases import (
@@ -243,6 +246,23 @@ def test_next_to_bfloat16_it_starts_as_the_base_and_learns(name, kind):
     assert {p.dtype for n, p in model.named_parameters() if n in before and n not in others} <= {BF16}
     pt.detach(model)
     assert differences(tensors(base), tensors(model)) == []
+
+
+@cells("llama", "gpt2", learns=True)
+def test_a_small_change_of_a_weight_stays_what_it_is_under_autocast(name, kind):
+    """Half precision rounds each number by some thousandths; a difference of weights would be gone with that."""
+    model = attached_to(name, kind)
+    parts = [part for a in pt.attached(model).values() for part in of_kind(a.parts, WeightDelta)]
+    if not parts:
+        pytest.skip("it adds no change to a weight")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained_by(model, pt.attached(model)[DEFAULT].method):
+        parameter.data.add_(1e-4 * torch.randn(parameter.shape, generator=generator))
+    for part in parts:
+        x = torch.randn(9, sizes(part.layer)[0], generator=generator)
+        exact = part.product(x)
+        with torch.autocast("cpu", dtype=BF16):
+            assert (part.product(x) - exact).norm() < 0.02 * exact.norm()
 
 
 class _Reached(Exception):

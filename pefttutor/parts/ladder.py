@@ -16,8 +16,16 @@ from torch.nn import functional as F
 from pefttutor.data.trial import trying
 from pefttutor.parts.attachment import added_key
 from pefttutor.parts.beside import caches_beside, carry
-from pefttutor.parts.side_network import Side, Stack, first
-from pefttutor.parts.streams import CACHES, Hooked, hidden_states, named_arguments, seen_before
+from pefttutor.parts.side_network import Side, Stack
+from pefttutor.parts.streams import (
+    CACHES,
+    Hooked,
+    hidden_states,
+    named_arguments,
+    said_by,
+    said_instead,
+    seen_before,
+)
 
 __all__ = ["Ladder", "Reading", "Rung"]
 
@@ -124,7 +132,7 @@ class Ladder:
                 [self._narrow(calls[i], cache, wide) for i in self.kept],
             ),
         )
-        return put(output, F.linear(s, own["up.weight"], own["up.bias"]))
+        return said_instead(output, F.linear(s, own["up.weight"], own["up.bias"]))
 
     def held_in(self, around: Any) -> dict[str, Tensor]:
         """What trains, by its name."""
@@ -194,18 +202,6 @@ class Rung:
         self.ladder.calls[self.index] = {key: value for key, value in named.items() if value is not own}
 
     def leave(self, block: nn.Module, args: Any, output: Any) -> None:
-        said = first(output)
+        said = said_by(output)
         assert said is not None
         self.ladder.said[self.index] = said.detach()
-
-
-def put(output: Any, new: Tensor) -> Any:
-    """The output, in which `new` stands for its first tensor."""
-    if isinstance(output, Tensor):
-        return new.to(output.dtype)
-    if isinstance(output, (tuple, list)):
-        at = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
-        return type(output)([*output[:at], put(output[at], new), *output[at + 1 :]])
-    key = next(key for key, value in output.items() if isinstance(value, Tensor))
-    output[key] = put(output[key], new)
-    return output

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pefttutor.data.trial import trial
 from pefttutor.parts.blocks import blocks
 from pefttutor.parts.norms import is_norm
-from pefttutor.parts.streams import hidden_states
+from pefttutor.parts.streams import hidden_states, said_by
 from pefttutor.parts.sublayers import trial_inputs
 
 __all__ = ["Side", "Stack", "narrower", "stack_of", "thinned"]
@@ -90,7 +90,7 @@ def stack_of(model: Any) -> Stack:
         if m is not stack
     ]
     handles.append(
-        around.register_forward_hook(lambda module, args, output: said.append(first(output)), prepend=True)
+        around.register_forward_hook(lambda module, args, output: said.append(said_by(output)), prepend=True)
     )
     try:
         with trial(model):
@@ -103,7 +103,7 @@ def stack_of(model: Any) -> Stack:
     ends = [i for i, call in enumerate(order) if call.module is stack[-1]]
     after = [call.module for call in order[ends[-1] + 1 :]] if ends else []
     run = [call for call in order if call.hidden is not None]
-    last = first(order[-1].output) if order else None
+    last = said_by(order[-1].output) if order else None
     if why := _why_not(stack, run, after, last, said):
         raise ValueError(_no_stack(model, why))
     names = {id(m): name for name, m in around.named_children()}
@@ -149,13 +149,6 @@ def _why_not(
     if last is None or len(said) != 1 or said[0] is None or said[0].shape != last.shape:
         return "what the blocks give isn't what the module around them gives"
     return None
-
-
-def first(output: Any) -> Tensor | None:
-    """The first tensor of what a module gives: of an output of transformers, the last hidden states."""
-    values = output if isinstance(output, (tuple, list)) else (output,)
-    values = tuple(output.values()) if isinstance(output, dict) else values
-    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 # ---- narrower blocks
@@ -208,7 +201,7 @@ def _divided(found: Stack, reduction: int, kept: Sequence[int]) -> Any:
     for what, size in (("the hidden states", found.width), ("a head", head)):
         if size % reduction or size == reduction:
             raise ValueError(
-                f"reduction is {reduction}; it must divide the width of {what}, {size}, and leave 2."
+                f"reduction is {reduction}; it must divide the width of {what}, {size}, and leave at least 2 features."
             )
     depth = len(found.blocks)
     for name in (*STREAM, *HEAD, *WITHIN):

@@ -23,6 +23,8 @@ __all__ = [
     "longer_by",
     "named_arguments",
     "reader",
+    "said_by",
+    "said_instead",
     "seen_before",
     "token_ids",
     "token_table",
@@ -137,6 +139,29 @@ def hidden_states(args: Any, kwargs: Any, new: Tensor | None = None) -> Any:
     raise ValueError(
         f"a block was called with {sorted(kwargs)}; expected hidden states (batch, seq, d) first"
     )
+
+
+def said_by(output: Any) -> Tensor | None:
+    """The first tensor of what a module gives, its hidden states."""
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    values = tuple(output.values()) if isinstance(output, dict) else values
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def said_instead(output: Any, new: Tensor) -> Any:
+    """What a module gives, in which `new` stands for its hidden states, in their dtype.
+
+    >>> said_instead((None, torch.ones(1)), torch.zeros(1))
+    (None, tensor([0.]))
+    """
+    if isinstance(output, Tensor):
+        return new.to(output.dtype)
+    if isinstance(output, (tuple, list)):
+        at = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
+        return type(output)([*output[:at], said_instead(output[at], new), *output[at + 1 :]])
+    key = next(key for key, value in output.items() if isinstance(value, Tensor))
+    output[key] = said_instead(output[key], new)
+    return output
 
 
 def reader(model: nn.Module) -> tuple[nn.Module, int]:

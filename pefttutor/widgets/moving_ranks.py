@@ -59,17 +59,17 @@ class _MovingRanks:
     """`moving_ranks.figure(steps)` is the static picture of a training, `moving_ranks(steps)` has a slider over time.
 
     >>> moving_ranks.figure([{"q_proj": 4, "v_proj": 4}, {"q_proj": 1, "v_proj": 3}, {"q_proj": 2, "v_proj": 2}]).alt
-    'Ranks of 2 layers over 3 steps: together from 8 to 4, in the end from 2 to 2. 1 time a layer got rank back.'
+    'Ranks of 2 layers over 3 steps: together from 8 to 4, in the end from 2 to 2. 1 time a layer got rank.'
     """
 
     def figure(self, steps: Sequence[Ranks]) -> Picture:
         """Every layer's rank in the end, and over all steps. Argument and errors are those of `moving_ranks`."""
         grid = _table(steps)
-        back = int((numpy.diff(grid, axis=0) > 0).sum())
+        got = int((numpy.diff(grid, axis=0) > 0).sum())
         alt = (
             f"Ranks of {grid.shape[1]} layers over {len(grid)} steps: together from {grid[0].sum()} to {grid[-1].sum()}"
             f", in the end from {grid[-1].min()} to {grid[-1].max()}. "
-            f"{back} {'time' if back == 1 else 'times'} a layer got rank back."
+            f"{got} {'time' if got == 1 else 'times'} a layer got rank."
         )
         with paper():
             return _draw(steps, grid, len(grid) - 1, None, alt)
@@ -154,7 +154,7 @@ def _draw_ways(axes: Axes, names: Sequence[str], grid: numpy.ndarray, step: int,
         way = grid[:, names.index(layer)]
         axes.step(range(len(grid)), way, where="post", color=OKABE_ITO["blue"], linewidth=2)
         came = [i + 1 for i, (before, after) in enumerate(pairwise(way)) if after > before]
-        axes.plot(came, way[came], "^", color=OKABE_ITO["green"], markersize=7, label="rank came back")
+        axes.plot(came, way[came], "^", color=OKABE_ITO["green"], markersize=7, label="got rank")
         axes.plot([step], [way[step]], "o", color=OKABE_ITO["vermillion"], markersize=9)
         axes.axvline(step, color=GREY, linewidth=1, linestyle=":")
         if came:

@@ -38,7 +38,7 @@ def test_the_figure_shows_the_end_and_the_way_of_every_layer():
     assert drawn == [[ranks[name] for ranks in STEPS] for name in NAMES]
     assert len({line.get_color() for line in ways.lines}) == 2
     assert picture.alt == (
-        "Ranks of 4 layers over 4 steps: together from 16 to 8, in the end from 0 to 4. 1 time a layer got rank back."
+        "Ranks of 4 layers over 4 steps: together from 16 to 8, in the end from 0 to 4. 1 time a layer got rank."
     )
 
 
@@ -58,7 +58,7 @@ def test_the_slider_goes_through_the_training(fast):
     back, here = ways.lines[-3:-1]
     assert (list(back.get_xdata()), list(back.get_ydata())) == ([2], [3])
     assert (list(here.get_xdata()), list(here.get_ydata())) == ([2], [3])
-    assert [t.get_text() for t in ways.get_legend().get_texts()] == ["rank came back"]
+    assert [t.get_text() for t in ways.get_legend().get_texts()] == ["got rank"]
     explorer.set(layer=NAMES[0])
     assert explorer.figure.axes[1].get_legend() is None
     assert not len(explorer.figure.axes[1].lines[-3].get_xdata())

@@ -32,7 +32,7 @@ R, D, HEADS = 3, 24, 4
 NARROW, WIDTH = D // R, D // R // HEADS  # of the side network, and of one of its heads
 
 
-def read_by(model, batch, kind):
+def read_by(model, batch):
     """What goes into the first block and what each block gives, of the plain model."""
     stack, found = blocks(model)[1], []
     handles = [
@@ -106,7 +106,7 @@ PLACE = {"llama": ("model", "model.layers"), "bert": ("bert.encoder", "bert.enco
 def by_hand(kind, base, leaves, batch, kept):
     """The loss by the formula, of tensors by the names they are saved under."""
     around, stack = PLACE[kind]
-    h, mask = read_by(base, batch, kind), batch["attention_mask"].bool()
+    h, mask = read_by(base, batch), batch["attention_mask"].bool()
 
     def of(place):
         start = f"{place}.lst_"
@@ -341,6 +341,25 @@ def test_of_two_ladders_the_earlier_one_speaks_and_each_speaks_alone():
     assert torch.equal(said["ab"], said["a"])
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_on_the_body_alone_it_says_what_the_head_of_a_whole_model_reads_also_under_autocast(kind):
+    """With the same values; half precision rounds what is said by some thousandths and gives every gradient."""
+    inputs = batch_of(kind)
+    del inputs["labels"]
+    whole, body = tiny_model(kind), tiny_model(kind).base_model
+    moved(LST(reduction=R).attach(whole))
+    LST(reduction=R).attach(body).load_state_dict(whole.base_model.state_dict())
+    said, pooled = (*body(**inputs).values(), None)[:2]
+    with_head = whole.classifier(pooled) if kind == "bert" else whole.lm_head(said)
+    assert torch.equal(with_head, whole(**inputs).logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = body(**inputs)[0]
+    assert 0 < (half - said).norm() < 0.02 * said.norm()
+    found = gradients(body, half.float().sum())
+    assert found.keys() == gradients(body, said.sum()).keys()
+    assert all(grad.isfinite().all() for grad in found.values())
+
+
 # ---- what is refused
 
 
@@ -364,8 +383,11 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reduction": 7}, "reduction is 7; it must divide the width of the hidden states, 24, and leave 2"),
-        ({"reduction": 4}, "reduction is 4; it must divide the width of a head, 6, and leave 2"),
+        (
+            {"reduction": 7},
+            "reduction is 7; it must divide the width of the hidden states, 24, and leave at least 2 features",
+        ),
+        ({"reduction": 4}, "reduction is 4; it must divide the width of a head, 6, and leave at least 2"),
         ({"reduction": 2}, r"reduction is 2; it must leave pairs of the 6 features of a head"),
         ({"reduction": R, "layers": (0, 2)}, "layers has 2, and this model has the blocks 0 to 1"),
     ],
