@@ -285,6 +285,14 @@ def of_compacter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return found
 
 
+def of_invertible(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """In the first block two networks, each from half the width, 12, to a quarter, 6, and back."""
+    # Of an encoder with one block alone its two sublayers are the list that is found.
+    first = "encoder.block.0.layer.0" if kind == "t5" else f"{BLOCKS[kind]}.0"
+    each = {"down": 6 * 12, "down_bias": 6, "up": 12 * 6, "up_bias": 12}
+    return {f"{first}.invertible_{x}_{key}": size for x in "FG" for key, size in each.items()}
+
+
 def of_mam(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     """A prefix, and an adapter at the end of each feed-forward."""
     prefix = {f"{PREFIXED[kind][0]}.prefix": 3 * 4 * PREFIXED[kind][1]}
@@ -513,6 +521,7 @@ CASES = {
         lambda kind: pt.IncreLoRA(target_r=2, max_r=2, incre_interval=1, top_h=99, target_modules=TARGETS[kind]),
         of_increlora,
     ),
+    "InvertibleAdapter": Case(lambda kind: pt.InvertibleAdapter(), of_invertible),
     "LLaMAAdapter": Case(lambda kind: pt.LLaMAAdapter(adapter_len=3), of_llama_adapter),
     "LST": Case(lambda kind: pt.LST(reduction=3), of_lst),
     "LTSFT": Case(lambda kind: pt.LTSFT(l1_weight=0.1), everything),
@@ -595,6 +604,12 @@ CANNOT = {
         "merge",
     ): r"can't be merged: (a bottleneck adapter has a nonlinearity|fused adapters have non)",
     ("BitFit", "t5"): r"BitFit: this model has no bias .*LayerNormTuning",
+    (
+        "InvertibleAdapter",
+        "vit",
+    ): r"what goes in for a text's tokens, and a ViTForImageClassification has none",
+    ("InvertibleAdapter", "net"): r"what goes in for a text's tokens, and a Net has none that it tells of",
+    ("InvertibleAdapter", "merge"): r"can't be merged: it changes what the model computes",
     ("Compacter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     **{
         (

@@ -42,7 +42,7 @@ LIKE_LORA = (
     "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
-IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_", "lst_")
+IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_", "invertible_", "lst_")
 GATES = ("lora_gate_", "prefix_gate_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {
@@ -91,6 +91,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
             before=functools.partial(_two_adapters, _where_not_found(model, scaled)),
         ),
         "AdapterBias": lambda: SetUp(kind(target_modules=_where_not_found(model, scaled))),
+        "InvertibleAdapter": lambda: SetUp(kind()),
         "LLaMAAdapter": lambda: SetUp(kind(adapter_len=3)),
         "LST": lambda: SetUp(kind(reduction=2)),
         "MAM": lambda: SetUp(
@@ -509,6 +510,48 @@ def _special(base: nn.Module, vectors: Mapping[str, Tensor], batch: Any, method:
 
 
 @contextlib.contextmanager
+def _coupled(base: Any, networks: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """An additive coupling by hand, before the blocks begin and inversely before the output embeddings."""
+    if not networks:
+        yield
+        return
+    (w,) = networks.values()
+    both = base.config.is_encoder_decoder
+    stacks = [base.get_encoder(), base.get_decoder()] if both else [base]
+
+    def network(which: str, x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = (w[f"{which}_{key}"] for key in ("down", "down_bias", "up", "up_bias"))
+        return torch.relu(x @ down.t() + down_bias) @ up.t() + up_bias
+
+    def replaced(args: Any, kwargs: Any, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        new = torch.cat(change(*x.tensor_split(2, -1)), -1)
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def enter(block: Any, args: Any, kwargs: Any) -> Any:
+        def change(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            a = a + network("F", b)
+            return a, b + network("G", a)
+
+        return replaced(args, kwargs, change)
+
+    def leave(head: Any, args: Any, kwargs: Any) -> Any:
+        def change(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            b = b - network("G", a)
+            return a - network("F", b), b
+
+        return replaced(args, kwargs, change)
+
+    handles = [blocks(stack)[1][0].register_forward_pre_hook(enter, with_kwargs=True) for stack in stacks]
+    head = base.get_output_embeddings()
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(leave, with_kwargs=True))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def _adapters(
     base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], method: Any, batch: Any
 ) -> Iterator[None]:
@@ -845,6 +888,7 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
     method = its_own(model).method
     with contextlib.ExitStack() as stack:
         stack.enter_context(_special(base, by_hand.vectors, batch, method))
+        stack.enter_context(_coupled(base, _by_layer(by_hand.leaves, "invertible_")))
         stack.enter_context(_adapters(base, by_hand.adapters, method, batch))
         stack.enter_context(_gated(base, by_hand.leaves, batch, method))
         stack.enter_context(_with_prompts(base, by_hand.prompts))
@@ -1244,6 +1288,14 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **{name: _NO_TEXT for name in ("PTuning", "PromptTuning")},
     **{name: _NO_PREFIX for name in ("MAM", "PrefixTuning")},
+    "InvertibleAdapter": {
+        r"what goes in for a text's tokens, and a \w+ has none: it reads (pixel|input)_(values|features)\.": _NO_TOKENS,
+        r"what goes in for a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),
+        r"first block of a \w+, '[\w.]+', is called 2 times for a text\. Adapter changes": ("ALBERT",),
+        r"embeddings as wide as the blocks, and those of this \w+ read \[12\] .*attach it to the body": (
+            "OPT",
+        ),
+    },
     "UniPELT": {
         _NOT_LINEAR: ("ResNet",),
         r"means over a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),

@@ -1,5 +1,6 @@
 """Additive methods (chapter 4.2): new parameters on the input, inside of the model, or on its output."""
 
+from pefttutor.additive.input.invertible import InvertibleAdapter
 from pefttutor.additive.input.prompt import PromptTuning
 from pefttutor.additive.input.ptuning import PTuning
 from pefttutor.additive.inside.adamix import AdaMix
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterBias",
     "AdapterFusion",
     "Compacter",
+    "InvertibleAdapter",
     "LLaMAAdapter",
     "PTuning",
     "PrefixTuning",

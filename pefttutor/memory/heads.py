@@ -79,6 +79,7 @@ def _classified(tape: Tape, model: Any, hidden: Paper, step: Step) -> Paper:
 def _lean(tape: Tape, layer: Any, hidden: Paper) -> Paper:
     """`kernels.cross_entropy` keeps a gradient as large as the hidden state, and the head's where it trains."""
     tape.met.update(layer.parameters())
+    hidden = tape.into(layer, hidden, KIND)
     if hidden.grad:
         tape.save(hidden.like(), KIND)
     if trains(layer.weight):

@@ -55,10 +55,16 @@ class Tape:
     def call(self, layer: Any, x: Paper, kind: str) -> Paper:
         """One layer of a model, by the rule of its type; a layer that a method has changed, by the method's rule."""
         self.met.update(layer.parameters())
-        rule = plain_rule(layer)
+        x, rule = self.into(layer, x, kind), plain_rule(layer)
         if rule is not None:
             return rule(self, layer, x, kind)
         return self._traced(layer, x, kind) or run_alone(self, layer, x, kind)
+
+    def into(self, layer: Any, x: Paper, kind: str) -> Paper:
+        """What goes into a layer where x would, after what is attached has changed it."""
+        for part in self.parts:
+            x = part.trace_into(layer, x, self, kind)
+        return x
 
     def _traced(self, layer: Any, x: Paper, kind: str) -> Paper | None:
         """The output by the rule of the one part that has changed the layer. Raises: ValueError if several have."""
@@ -142,9 +148,9 @@ class Tape:
     def block(self, forward: Callable[..., Paper], layer: nn.Module, x: Paper, **more: Any) -> Paper:
         """One transformer layer; under checkpointing only its input is kept, and the rest made again for its turn.
 
-        A layer that carries parameters of its own has them from a method that changes its input: `trace` says how.
+        A method that has changed a layer itself changes its input: `trace` says how.
         """
-        if layer._parameters and (changed := self._traced(layer, x, "layer inputs")):
+        if changed := self._traced(layer, x, "layer inputs"):
             self.met.update(layer._parameters.values())
             x = changed
         if not getattr(layer, "gradient_checkpointing", False):

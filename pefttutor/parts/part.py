@@ -116,6 +116,10 @@ class Part:
         """
         return None
 
+    def trace_into(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
+        """What goes into `layer` where x would, if this part changes that and leaves the layer as it is."""
+        return x
+
     def lengthens(self) -> int:
         """By how many virtual tokens this part makes a text longer inside of the model."""
         return 0
