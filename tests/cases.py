@@ -135,6 +135,12 @@ def of_lora_fa(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {name: size for name, size in of_lora(kind, base, method).items() if name.endswith("lora_B")}
 
 
+def of_sltrain(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    found = layers(base, TARGETS[kind]).items()
+    entries = {f"{n}.sltrain_values": int(method.density * i * o) for n, (i, o) in found}
+    return of_lora(kind, base, method) | entries
+
+
 def of_loha(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     found = layers(base, TARGETS[kind]).items()
     return {
@@ -561,6 +567,9 @@ CASES = {
     "ProxyTuning": Case(lambda kind: pt.ProxyTuning(alpha=0.5), lambda kind, base, _: {}, two_others),
     "ReLoRA": Case(  # without a merge: what that writes has tests of its own
         lambda kind: pt.ReLoRA(r=2, lora_alpha=3, reset_every=100, target_modules=TARGETS[kind]), of_lora
+    ),
+    "SLTrain": Case(
+        lambda kind: pt.SLTrain(r=2, lora_alpha=3, density=0.1, target_modules=TARGETS[kind]), of_sltrain
     ),
     "SSF": Case(lambda kind: pt.SSF(), of_ssf),
     "SecondOrderMask": Case(

@@ -71,6 +71,16 @@ def mpo(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Ten
     return (now - start).reshape(n_out, n_in)
 
 
+def sltrain(t: Tensors, n_in: int, n_out: int, method: Any, model: nn.Module) -> Tensor:
+    S = torch.sparse_coo_tensor(
+        torch.stack([t["sltrain_places"].long() // n_in, t["sltrain_places"].long() % n_in]),
+        t["sltrain_values"],
+        (n_out, n_in),
+        check_invariants=True,
+    )
+    return method.lora_alpha / method.r * t["lora_B"] @ t["lora_A"] + S.to_dense()
+
+
 MPO = ("mpo_0", "mpo_1", "mpo_2", "mpo_0_start", "mpo_2_start")
 LOKR = tuple(f"lokr_w{i}{x}" for i in (1, 2) for x in ("", "_a", "_b"))
 
@@ -82,6 +92,7 @@ FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "melora_A": (melora, ("melora_A", "melora_B")),
     "mora_M": (mora, ("mora_M",)),
     "mpo_0": (mpo, MPO),
+    "sltrain_values": (sltrain, ("sltrain_values", "sltrain_places", "lora_A", "lora_B")),
     **dict.fromkeys(("lokr_w1", "lokr_w1_a"), (lokr, LOKR)),
 }
 USED = {key for _, keys in FORMULAS.values() for key in keys}

@@ -38,7 +38,8 @@ from tests.formulas import FORMULAS, USED
 
 # Methods of a rank and linear layers, set up and refused as LoRA is.
 LIKE_LORA = (
-    "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SoRA", "VeRA",
+    "DoRA", "DyLoRA", "LoHa", "LoKr", "LoRAFA", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "SLTrain",
+    "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
 IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_", "invertible_", "lst_")
@@ -364,6 +365,8 @@ class ByHand:
                 made.setdefault(name, leaf)  # of ReLoRA the weight with what is added to it is there already
             elif key == "lora_A" and f"{path}.lora_gate_weight" in leaves:
                 pass  # see `_gated`
+            elif key == "lora_A" and f"{path}.sltrain_values" in leaves:
+                pass  # part of that formula
             elif key == "lora_A":
                 lambdas = leaves.get(f"{path}.lora_E", leaves.get(f"{path}.lora_gate"))
                 scaling = method.scaling
@@ -380,7 +383,8 @@ class ByHand:
                     )
             elif key in FORMULAS:
                 formula, keys = FORMULAS[key]
-                given = {each: leaves[f"{path}.{each}"] for each in keys if f"{path}.{each}" in leaves}
+                own = saved | leaves
+                given = {each: own[f"{path}.{each}"] for each in keys if f"{path}.{each}" in own}
                 given |= {each: shared for each, shared in leaves.items() if "." not in each}
                 n_in, n_out = sizes(base.get_submodule(path))
                 delta = formula(given, n_in, n_out, method, model)

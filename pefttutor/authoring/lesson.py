@@ -44,9 +44,9 @@ _IMG = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
 
 def title(document: Document) -> Iterator[Problem]:
     """`NN_short_name.ipynb`, or `NNb_short_name.ipynb`, and one H1 at the top that begins with the same number."""
-    name = re.fullmatch(r"(\d\db?)_[a-z0-9_]+\.ipynb", document.path.name)
+    name = re.fullmatch(r"(\d\d[b-z]?)_[a-z0-9_]+\.ipynb", document.path.name)
     if not name:
-        what = "the file must be named NN_short_name.ipynb, or NNb_short_name.ipynb for an appendix"
+        what = "the file must be named NN_short_name.ipynb, or NNb_short_name.ipynb (NNc …) for an appendix"
         yield document.problem("file", "name", what)
     tops = [(cell, text) for cell, level, text in document.headings if level == 1]
     if len(tops) != 1:

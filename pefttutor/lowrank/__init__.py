@@ -19,10 +19,11 @@ from pefttutor.lowrank.mora import MoRA
 from pefttutor.lowrank.mpo import MPO
 from pefttutor.lowrank.pissa import PiSSA
 from pefttutor.lowrank.relora import ReLoRA
+from pefttutor.lowrank.sltrain import SLTrain
 from pefttutor.lowrank.sora import SoRA
 from pefttutor.lowrank.vera import VeRA
 
 __all__ = [
     "COLA", "MPO", "AdaLoRA", "DeltaLoRA", "DoRA", "DyLoRA", "IncreLoRA", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAHub",
-    "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "ReLoRA", "SoRA", "VeRA",
+    "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "ReLoRA", "SLTrain", "SoRA", "VeRA",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ def claims_of(text):
 
 def parts_of(text):
     """Pairs of a notebook's number and what follows its title."""
-    return re.findall(r"^# (\d\db?) (.+?)(?=^# \d|\Z)", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^# (\d\d[b-z]?) (.+?)(?=^# \d|\Z)", text, re.MULTILINE | re.DOTALL)
 
 
 def stands_in(said, text):
@@ -75,13 +75,14 @@ def test_every_lesson_has_its_list():
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.parent.name)
 def test_each_claim_stands_in_its_notebook_and_has_a_carrier(path):
-    """A list begins with the lesson's claims; those of its appendix, if any, follow under a title of their own."""
+    """A list begins with the lesson's claims; those of its appendices, if any, follow under titles of their own."""
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"# {path.parent.name} ")
-    lesson, *appendix = parts_of(text)
-    assert [number for number, _ in appendix] in ([], [path.parent.name + "b"])
+    lesson, *appendices = parts_of(text)
+    letters = [number.removeprefix(path.parent.name) for number, _ in appendices]
+    assert letters == sorted({*letters} & {*"bcde"})
     assert len(claims_of(lesson[1])) >= 5
-    for number, part in (lesson, *appendix):
+    for number, part in (lesson, *appendices):
         (notebook,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
         claims = claims_of(part)
         assert len(claims) == len(re.findall(r"^\s*\|", part, re.MULTILINE)) - 2  # no row is passed over
