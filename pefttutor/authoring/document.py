@@ -87,7 +87,7 @@ class Document:
 
     @cached_property
     def appendix(self) -> bool:
-        """Whether it belongs to a lesson, as `11b_smaller_methods.ipynb` or a further 11c does; it then has no number of its own."""
+        """Whether it belongs to a lesson, as 11b and a further 11c do; it then has no number of its own."""
         return re.match(r"\d\d[b-z]_", self.path.name) is not None
 
     @cached_property
