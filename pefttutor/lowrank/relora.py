@@ -41,7 +41,9 @@ class ReLoRA:
     3
 
     reset_every: steps between merges; the steps are counted across calls of `fit`.
-    optimizer_magnitude_pruning: the share of the factors' moments that a merge sets to zero, the smallest ones.
+    optimizer_magnitude_pruning: the share of the factors' first moments that a merge sets to zero, the smallest ones,
+        and the second moments at the same places. (The released code cuts each by its own order; where a mean outlives
+        its mean square the next step is as long as that mean divided by epsilon.)
     restart_warmup_steps: over how many steps the learning rate rises again after a merge.
     r, lora_alpha, target_modules, lora_dropout, modules_to_save, init_seed: as in LoRA.
 

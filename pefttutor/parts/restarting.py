@@ -110,25 +110,27 @@ def not_merged(model: nn.Module, attachment: Attachment, counter: str, field: st
     return f"nothing was merged in {field}={every} steps, for {why}"
 
 
-def cut_smallest(values: Tensor, share: float) -> None:
-    """Let this share of the values, the smallest in magnitude, be zero; in place.
+def cut_smallest(values: Tensor, share: float, *beside: Tensor) -> None:
+    """Let this share of the values, the smallest in magnitude, be zero, and so what stands beside them; in place.
 
-    >>> moments = torch.tensor([3.0, -1.0, 2.0, -4.0])
-    >>> cut_smallest(moments, 0.5)
-    >>> moments
-    tensor([ 3.,  0.,  0., -4.])
+    >>> mean, square = torch.tensor([3.0, -1.0, 2.0, -4.0]), torch.tensor([9.0, 9.0, 9.0, 1.0])
+    >>> cut_smallest(mean, 0.5, square)
+    >>> mean, square
+    (tensor([ 3.,  0.,  0., -4.]), tensor([9., 0., 0., 1.]))
     """
     count = round(share * values.numel())
     if count:
         smallest = values.abs().flatten().topk(count, largest=False).indices
-        values.copy_(values.flatten().index_fill(0, smallest, 0).view(values.shape))
+        for each in (values, *beside):
+            each.copy_(each.flatten().index_fill(0, smallest, 0).view(each.shape))
 
 
 class RestartingAdamW(torch.optim.AdamW):
     """AdamW that at each restart forgets most of its moments for the factors, and lets its rate rise from zero again.
 
     counter: how many steps were taken before, which somebody else counts. every: steps between restarts. warmup: steps
-    over which the rate rises after one. cut: the share of the factors' moments that becomes zero.
+    over which the rate rises after one. cut: the share of the factors' moments that becomes zero, the second where the
+    first does: a mean without its mean square would be divided by epsilon, and the step be a million times too long.
     """
 
     def __init__(
@@ -158,8 +160,7 @@ class RestartingAdamW(torch.optim.AdamW):
                 group["lr"] = rate
         if (done + 1) % self.every == 0:
             for state in [self.state[factor] for factor in self.factors if factor in self.state]:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    cut_smallest(state[moment], self.cut)
+                cut_smallest(state["exp_avg"], self.cut, state["exp_avg_sq"])
         return loss
 
     def rate_factor(self, done: int) -> float:

@@ -78,10 +78,10 @@ def by_hand(weight, bias, A, B, draws, *, steps, every, warmup, cut, lr, decay):
         if t % every == 0:
             weight = weight + scaling * factors[1] @ factors[0]
             factors = [next(draws), torch.zeros_like(B)]
-            for m in (moment for both in moments for moment in both):
-                smallest = m.abs().flatten().sort().indices[: round(cut * m.numel())]
-                m.flatten()[smallest] = 0
-                m.copy_(m.flatten().index_fill(0, smallest, 0).view_as(m))
+            for m, v in moments:
+                kept = m.abs().flatten() > m.abs().flatten().sort().values[round(cut * m.numel()) - 1]
+                m *= kept.view_as(m) if cut else 1
+                v *= kept.view_as(v) if cut else 1
     return weight, *factors
 
 
@@ -119,6 +119,25 @@ def test_the_smallest_of_the_moments_are_cut():
     moments = values.clone().t()  # also where they lie otherwise
     cut_smallest(moments, 0.5)
     assert moments.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("cut", [0.5, 0.9, 0.99])
+def test_no_step_after_a_merge_is_longer_than_one_before(cut):
+    """With A's gradient zero, and moments that are kept in part, AdamW's step is bounded by its rate all the same."""
+    model = ReLoRA(
+        r=4, reset_every=10, restart_warmup_steps=0, optimizer_magnitude_pruning=cut, target_modules=("0",)
+    ).attach(nn.Sequential(nn.Linear(24, 24)))
+    optimizer = attached(model)["default"].method.optimizer(model, lr=0.01, weight_decay=0.0)
+    x, longest = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)), []
+    for step in range(25):
+        optimizer.zero_grad()
+        (model(x) - x.cumsum(-1)).square().mean().backward()
+        before = [p.detach().clone() for p in optimizer.factors]
+        optimizer.step()
+        pairs = zip(optimizer.factors, before, strict=True)
+        longest.append(max((p.detach() - old).abs().max().item() for p, old in pairs))
+        attached(model)["default"].method.after_step(model, step)
+    assert max(longest[10:]) < 10 * 0.01
 
 
 def trained(folder, *, interrupted):
