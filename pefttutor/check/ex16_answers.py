@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Weights = Callable[[Tensor], Tensor]
+
 # ---- 16.1: the sum of the factors
 
 
@@ -16,10 +18,7 @@ def sum_factors(A: Tensor, B: Tensor, w: Tensor, s: float) -> Tensor:
     return s * torch.einsum("n,nor->or", w, B) @ torch.einsum("n,nri->ri", w, A)
 
 
-Weights = Callable[[Tensor], Tensor]
-
-
-def _products(weights: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _products(weights: Weights) -> Callable[..., Tensor]:
     """Each plug-in's own product, weighted."""
 
     def wrong_sum(A: Tensor, B: Tensor, w: Tensor, s: float) -> Tensor:

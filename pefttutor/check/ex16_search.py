@@ -77,18 +77,19 @@ def _search(
     returns: str = "best",
     clamp: bool = True,
     better: Callable[[float, float], bool] = lambda now, least: now < least,
+    first: bool = True,
     more: int = 0,
     noise: Callable[[int, Generator], Tensor] = lambda n, generator: torch.randn(n, generator=generator),
     remember: bool = True,
 ) -> Callable[..., Tensor]:
-    """around: what a step starts from, "best", "last" or "zero". more: tries beyond those that were asked for."""
+    """around: what a step starts from, "best", "last" or "zero". first: whether 0 is tried. more: tries too many."""
 
     def wrong_search(
         cost: Cost, n: int, tries: int, bound: float, step: float, generator: Generator
     ) -> Tensor:
         best = last = torch.zeros(n)
-        least = cost(best)
-        for _ in range(tries - 1 + more):
+        least = cost(best) if first else float("inf")
+        for _ in range(tries - first + more):
             start = {"best": best, "last": last, "zero": torch.zeros(n)}[around]
             last = start + step * noise(n, generator)
             last = last.clamp(-bound, bound) if clamp else last
@@ -98,16 +99,6 @@ def _search(
         return best if returns == "best" else last
 
     return wrong_search
-
-
-def _first_step(cost: Cost, n: int, tries: int, bound: float, step: float, generator: Generator) -> Tensor:
-    """Begins with a step instead of 0."""
-    best, least = torch.zeros(n), float("inf")
-    for _ in range(tries):
-        candidate = (best + step * torch.randn(n, generator=generator)).clamp(-bound, bound)
-        if (now := cost(candidate)) < least:
-            best, least = candidate, now
-    return best
 
 
 SEARCH_MISTAKES: dict[str, Callable[..., Any]] = {
@@ -124,7 +115,7 @@ SEARCH_MISTAKES: dict[str, Callable[..., Any]] = {
     "the least cost isn't remembered, so that whatever beats the start is kept": _search(remember=False),
     "the start costs a try, too: this asks once more than allowed": _search(more=1),
     "this asks once less than allowed": _search(more=-1),
-    "0 is never tried: it is the first of the tries": _first_step,
+    "0 is never tried: it is the first of the tries": _search(first=False),
     "the step is uniform: draw it by torch.randn": _search(
         noise=lambda n, generator: 2 * torch.rand(n, generator=generator) - 1
     ),

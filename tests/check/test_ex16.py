@@ -102,10 +102,10 @@ def f_in_place(A, B, w, s):
         (f_roots, "as in HF PEFT's 'linear'"),
         (f_signless, "lose their signs"),
         (f_detached, "the weights are cut off from the graph"),
-        (f_items, "gradient"),
+        (f_items, "the right numbers forward, but the gradient"),
         (f_chapter, "in your line"),
         (f_transposed, "this is ΔWᵀ"),
-        (f_in_place, "A"),
+        (f_in_place, "in-place operation"),
     ],
     ids=names,
 )
@@ -212,7 +212,7 @@ def b_detached(A, B, w, s):
         (b_order, "wrong order"),
         (b_product, "return the two factors"),
         (b_nothing, "doesn't return its result"),
-        (b_detached, "gradient"),
+        (b_detached, "cut off from the graph"),
     ],
     ids=names,
 )
@@ -298,7 +298,7 @@ def o_nothing(batch_means, sizes, w, l1):
         (o_no_penalty, "the penalty is missing"),
         (o_minus, "the penalty is subtracted"),
         (o_all_divided, "divided by the number of examples, too"),
-        (o_item, "a tensor"),
+        (o_item, "float 2.117"),
         (o_nothing, "doesn't return its result"),
     ],
     ids=names,
@@ -319,13 +319,11 @@ def test_16_3_accepts_another_right_form():
 # ---- 16.4: a search without gradients
 
 
-def steps(
-    *, origin="best", clamp=True, keep=lambda now, least: now < least, tries=0, back="best", first=True
-):
-    def attempt(cost, n, tries_, bound, step, generator):
+def steps(*, origin="best", clamp=True, keep=lambda now, least: now < least, more=0, back="best", first=True):
+    def attempt(cost, n, tries, bound, step, generator):
         best = last = torch.zeros(n)
         least = cost(best) if first else float("inf")
-        for _ in range(tries_ - first + tries):
+        for _ in range(tries - first + more):
             last = {"best": best, "last": last, "zero": torch.zeros(n)}[origin]
             last = last + step * torch.randn(n, generator=generator)
             last = last.clamp(-bound, bound) if clamp else last
@@ -334,7 +332,7 @@ def steps(
                 best, least = last, now
         return best if back == "best" else last
 
-    return lambda cost, n, tries, bound, step, generator: attempt(cost, n, tries, bound, step, generator)
+    return attempt
 
 
 def s_own_noise(cost, n, tries, bound, step, generator):
@@ -384,8 +382,8 @@ def s_cost(cost, n, tries, bound, step, generator):
         (steps(origin="zero"), "every step starts from 0"),
         (steps(keep=lambda now, least: now > least), "the worse one is kept"),
         (steps(keep=lambda now, least: True), "every candidate is kept"),
-        (steps(tries=1), "asks once more than allowed"),
-        (steps(tries=-1), "asks once less than allowed"),
+        (steps(more=1), "asks once more than allowed"),
+        (steps(more=-1), "asks once less than allowed"),
         (steps(first=False), "0 is never tried"),
         (s_own_noise, "try 2"),
         (s_asks_again, "number of tries"),
