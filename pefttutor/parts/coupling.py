@@ -89,8 +89,11 @@ class Coupling(Added):
 
     def leave(self, head: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the output embeddings run."""
-        y = hidden_states(args, kwargs)
-        return hidden_states(args, kwargs, uncoupled(y, *self.networks(y)))
+        return hidden_states(args, kwargs, self.taken_back(hidden_states(args, kwargs)))
+
+    def taken_back(self, y: Tensor) -> Tensor:
+        """What output embeddings read where the blocks give y; a model without any asks for it, if it needs it."""
+        return uncoupled(y, *self.networks(y))
 
     def covers(self, module: nn.Module) -> bool:
         return self.on and any(module is block for block in self.firsts)
