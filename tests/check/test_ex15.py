@@ -92,7 +92,7 @@ def f_normalised_branch(x, weight, bias, lora_A, lora_B, magnitude, lora_alpha):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (f_columns, "expected"),
+        (f_columns, "each column, an input, is divided by its norm"),
         (f_frobenius, "one norm of the whole matrix"),
         (f_not_detached, "the norm takes part in the gradient"),
         (f_bias_scaled, "the bias is scaled, too"),
