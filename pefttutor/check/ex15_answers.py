@@ -1,4 +1,4 @@
-"""Notebook 15, DoRA, and 15b, its gradient: the right answers, and those that learners write instead, each with its name."""
+"""Notebook 15, DoRA, and 15b, its gradient: the right answers, and what learners write instead, each with its name."""
 
 from __future__ import annotations
 
