@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +92,12 @@ class InvertibleAdapter:
             found = ends(model)
             coupling = Coupling(found, name, self._drawn(found.width))
             new.add(coupling)
-            head = [] if found.head is None else [(found.head, coupling.leave)]
-            enters = [(block, coupling.enter) for block in found.firsts.values()]
-            new.add(Hooked(enters, taking_back=head))
+            before: list[Any] = [(block, coupling.enter) for block in found.firsts.values()]
+            if found.head is None:
+                new.add(Hooked(before))
+            else:
+                before.append((model, coupling.check_head))
+                new.add(Hooked(before, taking_back=[(found.head, coupling.leave)]))
             for part in fully:
                 new.add(part)
         return model

@@ -404,6 +404,26 @@ def test_a_model_in_which_it_has_no_place_is_refused_and_left_as_it_was(make, sa
     assert differences(before, picture(model)) == []
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_head_that_is_replaced_later_is_never_passed_by(kind):
+    """A tied one is as large as the embeddings afterwards and the same module; another is a new one, without hooks."""
+    model = moved(InvertibleAdapter().attach(fresh(kind)))
+    inputs = {key: value for key, value in batch_of(kind).items() if key != "labels"}
+    before, head = answer(model, inputs), model.lm_head
+    model.resize_token_embeddings(105, mean_resizing=False)
+    if head is model.lm_head:
+        assert torch.equal(answer(model, inputs)[..., :97], before)
+        return
+    with pytest.raises(
+        ValueError, match=r"this LlamaForCausalLM aren't those .* Replace them first and attach then"
+    ):
+        model(**inputs)
+    learned = {name: t for name, t in tensors(model).items() if "invertible" in name}
+    again = InvertibleAdapter().attach(detach(model))
+    again.load_state_dict(learned, strict=False)
+    torch.testing.assert_close(answer(again, inputs)[..., :97], before)
+
+
 def test_the_body_of_a_refused_model_takes_it_as_the_message_says():
     body = opt().eval().model
     assert len(trainable(InvertibleAdapter().attach(body))) == 8
