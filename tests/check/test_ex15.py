@@ -171,7 +171,7 @@ def s_three(weight, r, scaling, minor):
 def s_all_in_b(weight, r, scaling, minor):
     A, B = ex15.singular_start(weight, r, scaling, minor)
     length = A.norm(dim=1)
-    return A / length[:, None], B * length / scaling * scaling
+    return A / length[:, None], B * length
 
 
 def s_in_place(weight, r, scaling, minor):
