@@ -1,4 +1,4 @@
-"""Notebook 15, DoRA: the right answers, and those that learners write instead, each with its name."""
+"""Notebook 15, DoRA, and 15b, its gradient: the right answers, and what learners write instead, each with its name."""
 
 from __future__ import annotations
 
@@ -90,6 +90,10 @@ def _branch_alone(
 FORWARD_MISTAKES: dict[str, Callable[..., Any]] = {
     "the norm is taken over each column, an input: torch's weight is (out, in), so take it over dim=1": _forward(
         norm=lambda changed, weight, delta: changed.norm(dim=0).detach()
+    ),
+    "each column, an input, is divided by its norm: torch's weight is (out, in), so take it over dim=1": _forward(
+        changed_by=lambda weight, delta: (weight + delta) / (weight + delta).norm(dim=0).detach(),
+        ratio=lambda m, norm: m,
     ),
     "this is one norm of the whole matrix; each row has its own": _forward(
         norm=lambda changed, weight, delta: changed.norm().detach().expand(len(changed))

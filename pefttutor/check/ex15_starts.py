@@ -1,4 +1,4 @@
-"""Notebook 15, the cheap norm and the start: the right answers, and those that learners write instead."""
+"""Notebook 15, the start, and 15b, the cheap norm: the right answers, and those that learners write instead."""
 
 from __future__ import annotations
 

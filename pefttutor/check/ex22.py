@@ -1,4 +1,4 @@
-"""Notebook 22, LoRA honestly: a search's rate, what k tries reach, intruder dimensions, and the two ways back."""
+"""Notebook 22: a search's rate, and what k tries reach; 22b: intruder dimensions, and the two ways back."""
 
 from __future__ import annotations
 

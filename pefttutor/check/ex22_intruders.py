@@ -1,4 +1,4 @@
-"""Notebook 22, intruder dimensions: the right answers, and those that learners write instead, each with its name."""
+"""Notebook 22b, intruder dimensions: the right answers, and those that learners write instead, each with its name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from torch import Tensor
 
 def intruders(before: Tensor, after: Tensor, top: int = 10, epsilon: float = 0.5) -> list[int]:
     """Which of the `top` first left singular vectors of `after` have |cos| < epsilon with every one of `before`."""
-    U0, U = _left(before), _left(after)
-    nearest = (U[:, :top].T @ U0).abs().amax(dim=1)
-    return (nearest < epsilon).nonzero().flatten().tolist()
+    return _chosen(_cosines(before, after, top).abs().amax(1) < epsilon)
 
 
 def shrunk(after: Tensor, which: Sequence[int], keep: float) -> Tensor:
@@ -34,15 +32,20 @@ def stepped_back(before: Tensor, after: Tensor, shorter: Tensor) -> Tensor:
     return after - change * min(1.0, float((after - shorter).norm() / change.norm()))
 
 
-# ---- what learners write instead
-
-
 def _left(weight: Tensor) -> Tensor:
     return torch.linalg.svd(weight, full_matrices=False).U
 
 
+def _cosines(before: Tensor, after: Tensor, top: int | None = None) -> Tensor:
+    """Of each left singular vector of `after` with all those of `before`. Shapes: → (top, all)."""
+    return _left(after)[:, :top].T @ _left(before)
+
+
 def _chosen(far: Tensor) -> list[int]:
     return far.nonzero().flatten().tolist()
+
+
+# ---- what learners write instead
 
 
 def _right_vectors(before: Tensor, after: Tensor, top: int, epsilon: float) -> list[int]:
@@ -53,28 +56,24 @@ def _right_vectors(before: Tensor, after: Tensor, top: int, epsilon: float) -> l
 INTRUDERS_MISTAKES: dict[str, Callable[..., Any]] = {
     "these are the right singular vectors, of the input side": _right_vectors,
     "the sign counts: u and −u are the same direction, so take the absolute cosine": (
-        lambda before, after, top, epsilon: _chosen(
-            (_left(after)[:, :top].T @ _left(before)).amax(1) < epsilon
-        )
+        lambda before, after, top, epsilon: _chosen(_cosines(before, after, top).amax(1) < epsilon)
     ),
     "the mean cosine is compared; one near relative is enough": lambda before, after, top, epsilon: _chosen(
-        (_left(after)[:, :top].T @ _left(before)).abs().mean(1) < epsilon
+        _cosines(before, after, top).abs().mean(1) < epsilon
     ),
     "the i-th is compared with the i-th alone: an old direction may have changed its place": (
-        lambda before, after, top, epsilon: _chosen(
-            (_left(after) * _left(before)).sum(0).abs()[:top] < epsilon
-        )
+        lambda before, after, top, epsilon: _chosen(_cosines(before, after).diag().abs()[:top] < epsilon)
     ),
     "only the first `top` of the old directions are looked at; compare with all": (
         lambda before, after, top, epsilon: _chosen(
-            (_left(after)[:, :top].T @ _left(before)[:, :top]).abs().amax(1) < epsilon
+            _cosines(before, after, top)[:, :top].abs().amax(1) < epsilon
         )
     ),
     "all directions are searched, not the `top` first": lambda before, after, top, epsilon: _chosen(
-        (_left(after).T @ _left(before)).abs().amax(1) < epsilon
+        _cosines(before, after).abs().amax(1) < epsilon
     ),
     "these are the ones that are like an old one": lambda before, after, top, epsilon: _chosen(
-        (_left(after)[:, :top].T @ _left(before)).abs().amax(1) >= epsilon
+        _cosines(before, after, top).abs().amax(1) >= epsilon
     ),
     "these are directions of ΔW; decompose the whole weight after training": (
         lambda before, after, top, epsilon: intruders(before, after - before, top, epsilon)
@@ -147,10 +146,10 @@ BACK_MISTAKES: dict[str, Callable[..., Any]] = {
         lambda before, after, shorter: (after - shorter).abs().sum()
     ),
     "the step leads away from `before`": lambda before, after, shorter: (
-        after + (after - before) * min(1.0, float((after - shorter).norm() / (after - before).norm()))
+        2 * after - stepped_back(before, after, shorter)
     ),
     "the step starts at `before`": lambda before, after, shorter: (
-        before + (after - before) * min(1.0, float((after - shorter).norm() / (after - before).norm()))
+        before + after - stepped_back(before, after, shorter)
     ),
     "the length is missing: this goes all the way to `before`": lambda before, after, shorter: before.clone(),
     "this is `shorter` itself": lambda before, after, shorter: shorter.clone(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from pefttutor.data.batches import collator
@@ -27,7 +27,8 @@ def held_out_loss(model: Any, tokenizer: Any, *, batch_size: int = 25) -> float:
 
         forgetting = held_out_loss(adapted) − held_out_loss(base)
 
-    A classifier has no language head any more: where the base's was tied to the embeddings, these take its place.
+    A classifier has no language head any more: where the base's was tied to the embeddings, these take its place, and
+    what an InvertibleAdapter does is taken back before them.
 
     >>> from pefttutor.models import load
     >>> loss = held_out_loss(*load("campus-nano"))
@@ -51,7 +52,7 @@ def held_out_loss(model: Any, tokenizer: Any, *, batch_size: int = 25) -> float:
         for start in range(0, len(order), batch_size):
             batch = stack([examples[i] for i in order[start : start + batch_size]])
             labels = batch.pop("labels")
-            hidden = _read(body, batch)
+            hidden = _taken_back(body, _read(body, batch))
             states, labels = aligned(hidden, labels.to(hidden.device), shifted=True)
             counted = labels != IGNORED
             logits = linear(states[counted], body.get_input_embeddings().weight)  # (targets, vocabulary)
@@ -74,6 +75,14 @@ def _causal_body(model: Any, tokens: Tensor) -> Any:
         f"{type(model).__name__} can't be asked for the next word; expected a causal language model, or a classifier "
         "on the body of one whose head is tied to its embeddings, as the campus models' are"
     )
+
+
+def _taken_back(body: nn.Module, states: Tensor) -> Tensor:
+    """What output embeddings read where the body gives `states`: whoever changes what goes in may say `taken_back`."""
+    hooks = [hook for module in body.modules() for hook in module._forward_pre_hooks.values()]
+    for owner in reversed([getattr(hook, "__self__", None) for hook in hooks]):
+        states = owner.taken_back(states) if hasattr(owner, "taken_back") else states
+    return states
 
 
 def _read(body: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -31,8 +31,8 @@ def scaled(u: Tensor, c: Tensor) -> Tensor:
             [1., 2., 3.]])
 
     Shapes: u (…, out), c (out) → (…, out).
-    Cost: for T tokens T·out FLOPs forward and three times as many backward. Kept for the backward pass: u and c;
-        transient: the gradient of u.
+    Cost: for T tokens T·out FLOPs forward and three times as many backward. Kept for the backward pass: u where
+        c has a gradient, and c where u has; transient: the gradient of u.
     """
     if threads.short_way(u.device) or u.dtype != c.dtype or u.dim() < 2:
         return scaled_reference(u, c)
@@ -42,7 +42,8 @@ def scaled(u: Tensor, c: Tensor) -> Tensor:
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, c: Tensor) -> Tensor:
-        ctx.save_for_backward(u, c)
+        needs_u, needs_c = ctx.needs_input_grad
+        ctx.save_for_backward(u if needs_c else None, c if needs_u else None)
         return u * c
 
     @staticmethod

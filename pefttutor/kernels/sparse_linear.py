@@ -34,8 +34,8 @@ def sparse_linear(x: Tensor, values: Tensor, index: Tensor, n_out: int) -> Tenso
     the products, and their gradient comes back in their own. It is differentiable once.
 
     Shapes: x (…, in), values (k), index (k) with each place of (out, in) at most once → (…, out).
-    Cost: forward 2·T·in·out FLOPs for T tokens, backward twice that. Kept for the backward pass: x (T·in); transient:
-        (out, in) twice.
+    Cost: forward 2·T·in·out FLOPs for T tokens, backward twice that. Kept for the backward pass: x (T·in) where the
+        values train; transient: (out, in) twice.
     Raises: ValueError where there aren't as many places as values.
     Source: Han et al. 2024, SLTrain, arXiv:2406.02214, algorithm 1, where S is added to a product of thin factors.
     """
@@ -49,25 +49,27 @@ def sparse_linear(x: Tensor, values: Tensor, index: Tensor, n_out: int) -> Tenso
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, n_out: int, dtype: torch.dtype) -> Tensor:
-        shape, ctx.noted = x.shape, (x.dtype, n_out)
+        needs_x, needs_values, *_ = ctx.needs_input_grad
+        n_in = x.shape[-1]
+        ctx.noted = x.dtype, values.dtype, n_out, n_in
         x = x.to(dtype)
-        ctx.save_for_backward(x, values, index)
+        ctx.save_for_backward(x if needs_values else None, values if needs_x else None, index)
         with threads.plain(x.device):
-            return x @ _dense(values, index, n_out, shape[-1], dtype).t()
+            return x @ _dense(values, index, n_out, n_in, dtype).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, values, index), (x_dtype, n_out) = ctx.saved_tensors, ctx.noted
+        (x, values, index), (x_dtype, values_dtype, n_out, n_in) = ctx.saved_tensors, ctx.noted
         needs_x, needs_values, *_ = ctx.needs_input_grad
         grad_x = grad_values = None
         with threads.plain(grad.device):
             if needs_x:
-                S = _dense(values, index, n_out, x.shape[-1], grad.dtype)
+                S = _dense(values, index, n_out, n_in, grad.dtype)
                 grad_x = (grad @ S).to(x_dtype)
             if needs_values:
-                whole = grad.reshape(-1, n_out).t() @ x.reshape(-1, x.shape[-1])  # (out, in)
-                grad_values = whole.view(-1).index_select(0, index).to(values.dtype)
+                whole = grad.reshape(-1, n_out).t() @ x.reshape(-1, n_in)  # (out, in)
+                grad_values = whole.view(-1).index_select(0, index).to(values_dtype)
         return grad_x, grad_values, None, None, None
 
 

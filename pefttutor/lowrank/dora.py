@@ -159,9 +159,10 @@ class Decomposed(LowRank):
         if y is None:
             return None
         n_out, size = len(self.factors[1]), self.factors[1].element_size()
-        tape.save(y.like(), kind)
-        for _ in range(
-            2 if self.detach_norm else 3
-        ):  # c, and the norm, also as it is before it is kept from zero
+        learns = tape.trains(*self.trained())
+        if learns:
+            tape.save(y.like(), kind)
+        # c, and the norm, also as it is before it is kept from zero; of a frozen one c, for what flows on
+        for _ in range((2 if self.detach_norm else 3) if learns else y.grad):
             tape.save(y.like(rows=n_out, width=1, itemsize=size), kind)
         return y

@@ -156,12 +156,13 @@ class Rescaled(WeightDelta):
         if layer is not self.layer:
             return None
         (A, B), (d, b) = self.projections, self.vectors
-        seen = tape.dropout(x, self.dropout)
+        learns = tape.trains(d, b)
+        seen, y = tape.dropout(x, self.dropout), x.like(width=len(b), grad=x.grad or learns)
         if d.element_size() != x.itemsize:
-            for factor in [B, *([A] if x.grad else [])]:
+            for factor in [*([B] if y.grad else []), *([A] if x.grad else [])]:
                 tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
-            for vector in [b, *([d] if x.grad else [])]:
+            for vector in [*([b] if y.grad else []), *([d] if x.grad else [])]:
                 tape.save(x.like(rows=1, width=len(vector)), kind)
-        for width in (len(d), len(b)):
+        for width in (len(d), len(b)) if learns else ():
             tape.save(seen.like(width=width), kind)
-        return x.like(width=len(b), grad=True)
+        return y

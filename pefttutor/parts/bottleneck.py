@@ -157,10 +157,11 @@ class Bottleneck(LayerChange):
         item = layer.weight.element_size() if isinstance(layer, nn.Embedding) else x.itemsize
         y = x.like(width=self.width, itemsize=item)
         source = y if self.source is None else y.like()
-        narrow = tape.linear(source, self.bottleneck, kind, weight=True, bias=True)
+        learns = tape.trains(*self.trained())
+        narrow = tape.linear(source, self.bottleneck, kind, weight=learns, bias=learns)
         narrow = tape.activation(self.activation, narrow, kind)
-        tape.linear(narrow, self.width, kind, weight=True, bias=True)
+        tape.linear(narrow, self.width, kind, weight=learns, bias=learns)
         if self.makes or self.trained()[0].element_size() != y.itemsize:  # the projections, made or rounded
-            for _ in range(1 + source.grad):  # W_u, and W_d, which is as large, for what flows on
+            for _ in range(narrow.grad + source.grad):  # W_u, and W_d, which is as large, for what flows on
                 tape.save(y.like(rows=self.width, width=self.bottleneck), kind)
-        return y.like(grad=True)
+        return y.like(grad=y.grad or learns)

@@ -82,6 +82,16 @@ class Coupling(Added):
         tensors = [p.to(x) for p in self.trained()]
         return tensors[:4], tensors[4:]
 
+    def check_head(self, model: Any, args: Any, kwargs: Any) -> None:
+        """Before the model runs. Raises: ValueError if its head is another one now, where nothing is taken back."""
+        if model.get_output_embeddings() is not self.head:
+            raise ValueError(
+                f"the output embeddings of this {type(model).__name__} aren't those before which InvertibleAdapter "
+                "takes its change back: they were replaced after attaching, as resize_token_embeddings does where the "
+                "head isn't tied. Replace them first and attach then; what was learned can be copied by the "
+                "parameters' names."
+            )
+
     def enter(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before a first block runs."""
         x = hidden_states(args, kwargs)
@@ -89,8 +99,11 @@ class Coupling(Added):
 
     def leave(self, head: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the output embeddings run."""
-        y = hidden_states(args, kwargs)
-        return hidden_states(args, kwargs, uncoupled(y, *self.networks(y)))
+        return hidden_states(args, kwargs, self.taken_back(hidden_states(args, kwargs)))
+
+    def taken_back(self, y: Tensor) -> Tensor:
+        """What output embeddings read where the blocks give y; a model without any asks for it, if it needs it."""
+        return uncoupled(y, *self.networks(y))
 
     def covers(self, module: nn.Module) -> bool:
         return self.on and any(module is block for block in self.firsts)

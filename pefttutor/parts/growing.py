@@ -139,9 +139,10 @@ class Growing(LowRank):
             return None
         n_out, n_in = len(self.held("lora_B")), self.held("lora_A").shape[1]
         size = self.held("lora_B").element_size()
-        seen = tape.dropout(x, self.dropout)
-        tape.save(seen, kind)
-        tape.save(x.like(rows=self.r, width=n_in, itemsize=size), kind)  # Λ Q
+        seen, learns = tape.dropout(x, self.dropout), tape.trains(*self.trained())
+        if learns:
+            tape.save(seen, kind)
+            tape.save(x.like(rows=self.r, width=n_in, itemsize=size), kind)  # Λ Q
         if x.grad:
             tape.save(x.like(rows=n_out, width=n_in), kind)
-        return x.like(width=n_out, grad=True)
+        return x.like(width=n_out, grad=x.grad or learns)

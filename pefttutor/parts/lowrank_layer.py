@@ -121,28 +121,36 @@ class Factored(WeightDelta):
             return None
         with torch.enable_grad():  # what is made has a history, whatever mode the caller is in
             A, B = self.factors
-        n_out = B.shape[0]
+        n_out, learns = B.shape[0], A.requires_grad or B.requires_grad
         if isinstance(layer, nn.Embedding):
             if A.requires_grad:
                 tape.save(x, kind)
-            tape.save(x.like(width=self.r, itemsize=A.element_size(), grad=True), kind)
-            return x.like(width=n_out, itemsize=layer.weight.element_size(), grad=True)
-        made = [factor for factor in (A, B) if factor.grad_fn is not None]
+            if learns:
+                tape.save(x.like(width=self.r, itemsize=A.element_size(), grad=True), kind)
+            return x.like(width=n_out, itemsize=layer.weight.element_size(), grad=learns)
+        y = x.like(width=n_out, grad=x.grad or learns)
+        if not y.grad:
+            return y
+        held = {id(tensor) for tensor in self.added()}
+        made = [
+            factor for factor in (A, B) if not isinstance(factor, nn.Parameter) and id(factor) not in held
+        ]
         if self.fused and not self.dropout:
             if A.requires_grad:
                 tape.save(x, kind)
-            tape.save(x.like(width=self.r), kind)
+            if B.requires_grad:
+                tape.save(x.like(width=self.r), kind)
             for factor in made:
                 size = factor.element_size()
                 tape.save(x.like(rows=factor.shape[0], width=factor.shape[1], itemsize=size), kind)
-            return x.like(width=n_out, grad=True)
+            return y
         narrow = tape.linear(tape.dropout(x, self.dropout), self.r, kind, weight=A.requires_grad)
-        tape.linear(narrow, n_out, kind, weight=True)
+        tape.linear(narrow, n_out, kind, weight=B.requires_grad)
         if A.element_size() != x.itemsize:  # the factors, rounded to the dtype of x
             made = [A, B]
         for factor in made:
             tape.save(x.like(rows=factor.shape[0], width=factor.shape[1]), kind)
-        return x.like(width=n_out, grad=True)
+        return y
 
 
 class LowRank(Factored):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,16 +40,19 @@ PreHook = Callable[[nn.Module, Any, Any], Any]  # (module, args, kwargs) → (ar
 
 
 class Hooked(Part):
-    """Hooks before some modules' forward; they hold no module themselves, so that a copied model is free.
+    """Hooks on some modules' forward; they hold no module themselves, so that a copied model is free.
 
-    In a module the hooks of a lower `rank` come first, those of one rank in the order of attaching, and what is done
-    after the forward comes the other way round.
+    In a module the hooks of a lower `rank` come first, those of one rank in the order of attaching. What is done after
+    the forward, and what before it takes back what others have changed, comes the other way round.
     """
 
     def __init__(
-        self, hooks: Iterable[tuple[nn.Module, PreHook]], after: Iterable[tuple[nn.Module, Any]] = ()
+        self,
+        hooks: Iterable[tuple[nn.Module, PreHook]],
+        after: Iterable[tuple[nn.Module, Any]] = (),
+        taking_back: Iterable[tuple[nn.Module, PreHook]] = (),
     ) -> None:
-        self.hooks, self.after = list(hooks), list(after)
+        self.hooks, self.after, self.taking_back = list(hooks), list(after), list(taking_back)
         self.switch(True)
 
     def trained(self) -> list[nn.Parameter]:
@@ -59,23 +62,22 @@ class Hooked(Part):
         return []
 
     def switch(self, on: bool) -> None:
-        for module, hook in self.hooks:
-            before: Any = module._forward_pre_hooks
-            for key in [key for key, other in before.items() if other is hook]:
-                del before[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-            if on:
-                module.register_forward_pre_hook(hook, with_kwargs=True)
-                for key in _later(before, hook):
-                    before.move_to_end(key)
+        for hooks, last_first in ((self.hooks, False), (self.taking_back, True)):
+            for module, hook in hooks:
+                before: Any = module._forward_pre_hooks
+                for key in [key for key, other in before.items() if other is hook]:
+                    del before[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                if on:
+                    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=last_first)
+                    _let_pass(before, hook, last_first=last_first)
         for module, hook in self.after:
             after: Any = module._forward_hooks
             for key in [key for key, other in after.items() if other is hook]:
                 del after[key]
             if on:
                 module.register_forward_hook(hook, prepend=True)  # the last to come in is the first to go out
-                for key in reversed(_later(after, hook)):
-                    after.move_to_end(key, last=False)
+                _let_pass(after, hook, last_first=True)
 
     def in_turn(self) -> None:
         self.switch(True)
@@ -84,9 +86,11 @@ class Hooked(Part):
         self.switch(False)
 
 
-def _later(hooks: Mapping[int, Any], hook: Any) -> list[int]:
-    """The keys of the hooks that have a higher rank than this one."""
-    return [key for key, other in hooks.items() if _rank(other) > _rank(hook) >= 0]
+def _let_pass(hooks: Any, hook: Any, *, last_first: bool) -> None:
+    """Move those of a higher rank than this hook's to the end, or where the last one goes first to the beginning."""
+    higher = [key for key, other in hooks.items() if _rank(other) > _rank(hook) >= 0]
+    for key in reversed(higher) if last_first else higher:
+        hooks.move_to_end(key, last=not last_first)
 
 
 def _rank(hook: Any) -> int:

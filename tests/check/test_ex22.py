@@ -12,6 +12,7 @@ from pefttutor import check
 from pefttutor.authoring.evidence import paired
 from pefttutor.authoring.tables import best, read, searched
 from pefttutor.check import ex22
+from pefttutor.check.ex22_intruders import INTRUDERS_MISTAKES
 from pefttutor.check.values import draw
 from tests.check.rejection import reason
 
@@ -50,6 +51,7 @@ def test_intruders_and_shrinking_are_hf_pefts():
 
     theirs = get_peft_model(Model(), LoraConfig(r=6, lora_alpha=12, target_modules=["up"]))
     layer = theirs.base_model.model.up
+    layer.get_base_layer().weight.data = draw(9, 6, seed=36)
     layer.lora_A["default"].weight.data = draw(6, 6, seed=1)
     layer.lora_B["default"].weight.data = draw(9, 6, seed=2)
     before, delta, said = layer.get_base_layer().weight.data, layer.get_delta_weight("default").detach(), []
@@ -58,6 +60,8 @@ def test_intruders_and_shrinking_are_hf_pefts():
     )
     found = ex22.intruders(before, before + delta, 4, 0.7)
     assert found
+    others = [wrong(before, before + delta, 4, 0.7) for wrong in INTRUDERS_MISTAKES.values()]
+    assert found not in others, "theirs would agree with a mistake, too"
     assert f"Intruders: {len(found)}" in said[0]
     after = before + layer.get_delta_weight("intruder_reduced").detach()  # rank 6 holds the whole change
     torch.testing.assert_close(ex22.shrunk(before + delta, found, 0.25), after, rtol=1e-4, atol=1e-4)

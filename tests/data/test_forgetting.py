@@ -9,6 +9,7 @@ import torch
 import pefttutor
 from pefttutor import data, models
 from pefttutor.data.forgetting import held_out_loss
+from tests.cases import moved
 from tests.tiny import bert, llama_classifier
 
 
@@ -37,6 +38,24 @@ def test_a_classifier_is_asked_through_its_embeddings(speaker):
         held_out_loss(model, words), rel=1e-4
     )
     assert classifier.training
+
+
+def with_languages(head: str, **settings):
+    """Two that have learned something, and the same below each head."""
+    model = models.load("campus-nano", head=head, **settings)[0]
+    for name in ("velan", "german"):
+        pefttutor.InvertibleAdapter(bottleneck=8).attach(model, name=name)
+    return moved(model)
+
+
+@pytest.mark.parametrize("names", [("german",), ("velan", "german")])
+def test_before_the_embeddings_are_a_head_what_has_changed_them_is_taken_back(speaker, names):
+    model, words = pefttutor.switch(with_languages("lm"), *names), speaker[1]
+    own = held_out_loss(model, words)
+    classifier = pefttutor.switch(with_languages("classification", num_labels=2), *names)
+    assert held_out_loss(classifier, words) == pytest.approx(own, rel=1e-4)
+    model.get_output_embeddings()._forward_pre_hooks.clear()
+    assert abs(held_out_loss(model, words) - own) > 0.1, "taking nothing back would change nothing"
 
 
 def test_what_a_task_makes_a_model_forget_is_seen(speaker):

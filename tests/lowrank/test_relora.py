@@ -122,8 +122,8 @@ def test_the_smallest_of_the_moments_are_cut():
 
 
 @pytest.mark.parametrize("cut", [0.5, 0.9, 0.99])
-def test_no_step_after_a_merge_is_longer_than_one_before(cut):
-    """With A's gradient zero, and moments that are kept in part, AdamW's step is bounded by its rate all the same."""
+def test_steps_after_a_merge_are_bounded_by_the_rate(cut):
+    """Also with the gradient of A zero and moments that are kept in part: no mean is left without its mean square."""
     model = ReLoRA(
         r=4, reset_every=10, restart_warmup_steps=0, optimizer_magnitude_pruning=cut, target_modules=("0",)
     ).attach(nn.Sequential(nn.Linear(24, 24)))

@@ -89,14 +89,17 @@ def test_weights_gradients_and_optimizer_to_the_byte(kind, how):
     assert estimated.optimizer == sum(t.nbytes for t in state)
 
 
-@pytest.mark.parametrize("how", ["full", "every"])
+@pytest.mark.parametrize("how", ["full", "every", "something before the head"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_lean_loss(kind, how, monkeypatch):
     """`causal_lm_loss` brings hooks of its own, which ours must go through to be seen."""
     from pefttutor.kernels import recompute
 
     model = model_of(kind)
-    method = None if how == "full" else method_of(kind, how)
+    if how == "something before the head":
+        method = pefttutor.InvertibleAdapter(bottleneck=120)
+    else:
+        method = None if how == "full" else method_of(kind, how)
     estimated = memory.estimate(
         model, method, batch_size=2, sequence_length=24, attention="eager", loss=causal_lm_loss, device="cpu"
     )

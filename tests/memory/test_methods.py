@@ -272,6 +272,40 @@ class Hidden(Adapter):
         return model
 
 
+PLACES = ("q_proj", "down_proj")
+LOW_RANK = {"r": 4, "target_modules": PLACES}
+FROZEN = {
+    "LoRA": pefttutor.LoRA(**LOW_RANK),
+    "LoRA with dropout": pefttutor.LoRA(**LOW_RANK, lora_dropout=0.1),
+    "LoRA of words": pefttutor.LoRA(r=4, target_modules=("embed_tokens",)),
+    "SLTrain": pefttutor.SLTrain(**LOW_RANK),
+    "PiSSA": pefttutor.PiSSA(**LOW_RANK),
+    "LoHa": pefttutor.LoHa(**LOW_RANK),
+    "LoTR": pefttutor.LoTR(**LOW_RANK),
+    "SoRA": pefttutor.SoRA(**LOW_RANK),
+    "VeRA": pefttutor.VeRA(**LOW_RANK),
+    "DoRA": pefttutor.DoRA(**LOW_RANK),
+    "IncreLoRA": pefttutor.IncreLoRA(target_r=2, max_r=2, incre_interval=1, top_h=99, target_modules=PLACES),
+    "IA3": pefttutor.IA3(target_modules=("k_proj", "down_proj"), feedforward_modules=("down_proj",)),
+    "Adapter": pefttutor.Adapter(bottleneck=40),
+    "Compacter": pefttutor.Compacter(n=2),
+    "AdapterBias": pefttutor.AdapterBias(),
+    "InvertibleAdapter": pefttutor.InvertibleAdapter(),
+    "PASTA": pefttutor.PASTA(special_token_ids=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_frozen_beside_what_trains_keeps_only_what_flows_on(name, dtype):
+    model = FROZEN[name].attach(model_of("llama", dtype=dtype), name="frozen")
+    pefttutor.LoRA(r=4, target_modules=("v_proj",)).attach(model, name="learning")
+    pefttutor.switch(model, "frozen", "learning", train=("learning",))
+    options = {"batch_size": 2, "sequence_length": 24, "attention": "eager", "device": "cpu"}
+    estimated = sum(memory.estimate(model, **options).activations.values())
+    assert estimated == pytest.approx(held(model, batch_of("llama", 2, 24)), rel=0.005)
+
+
 @pytest.mark.parametrize(
     ("method", "says"),
     [

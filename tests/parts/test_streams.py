@@ -193,6 +193,28 @@ def test_hooks_are_put_once_taken_away_and_put_again():
         part.check_foldable()
 
 
+def test_what_is_taken_back_before_a_module_is_taken_back_last_one_first():
+    """Whatever is switched meanwhile; a hook of one's own gets what the module gets without any."""
+    module, seen = nn.Linear(2, 2), []
+    module.register_forward_pre_hook(lambda module, args: seen.append("own"))
+    first, second = (
+        Hooked([(module, note(seen, name))], taking_back=[(module, note(seen, f"{name} back"))])
+        for name in ("first", "second")
+    )
+    module(torch.ones(1, 2))
+    for part in (second, first):  # switched in the wrong order
+        part.switch(False)
+        part.switch(True)
+    for part in (first, second):
+        part.in_turn()
+    module(torch.ones(1, 2))
+    assert seen == 2 * ["second back", "first back", "own", "first", "second"]
+    second.remove()
+    seen.clear()
+    module(torch.ones(1, 2))
+    assert seen == ["first back", "own", "first"]
+
+
 def add_one(module: nn.Module, args, kwargs):
     return (args[0] + 1, *args[1:]), kwargs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,9 @@ class InvertibleAdapter:
 
     It acts on what the first block gets, in an encoder with the positions added and normalised, as the authors' code
     has it; an encoder-decoder's two stacks and its head share one. A model without output embeddings, such as a
-    classifier, predicts no words and needs no inverse: it has the change alone. Let one language take effect at a time:
-    the head takes two back in the order in which they came in, and that is the inverse of neither. F and G are never
-    inverted themselves, so any network could stand there; the determinant of the Jacobian is 1.
+    classifier, predicts no words and needs no inverse: it has the change alone. Of two that take effect together the
+    later one changes what the earlier one has made, and is taken back first. F and G are never inverted themselves, so
+    any network could stand there; the determinant of the Jacobian is 1.
 
     Shapes: W_d (m, d/2), b_d (m), W_u (d/2, m), b_u (d/2), in the first block, for F and for G; d the block's width.
     Cost: it trains 2·d·m + 2·m + d values (`count`), for d = 768 and m = 192 296,064, and takes 4·d·m FLOPs more a
@@ -91,8 +92,12 @@ class InvertibleAdapter:
             found = ends(model)
             coupling = Coupling(found, name, self._drawn(found.width))
             new.add(coupling)
-            head = [] if found.head is None else [(found.head, coupling.leave)]
-            new.add(Hooked([*((block, coupling.enter) for block in found.firsts.values()), *head]))
+            before: list[Any] = [(block, coupling.enter) for block in found.firsts.values()]
+            if found.head is None:
+                new.add(Hooked(before))
+            else:
+                before.append((model, coupling.check_head))
+                new.add(Hooked(before, taking_back=[(found.head, coupling.leave)]))
             for part in fully:
                 new.add(part)
         return model

@@ -114,12 +114,14 @@ class TokenShift(WeightDelta):
         if layer is not self.layer:
             return None
         n_in, n_out = sizes(layer)
-        length = tape.linear(x, 1, kind, weight=True)
-        tape.save(length, kind)
-        if self.trained()[0].element_size() != x.itemsize:
+        learns = tape.trains(*self.trained())
+        length = tape.linear(x, 1, kind, weight=learns)
+        if learns:
+            tape.save(length, kind)
+        if length.grad and self.trained()[0].element_size() != x.itemsize:
             for width in (n_out, n_in)[: 1 + x.grad]:
                 tape.save(x.like(rows=1, width=width), kind)
-        return x.like(width=n_out, grad=True)
+        return x.like(width=n_out, grad=length.grad)
 
 
 def _drawn(layer: nn.Module, generator: torch.Generator) -> dict[str, nn.Parameter]:

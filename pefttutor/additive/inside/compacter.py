@@ -172,8 +172,7 @@ class Hypercomplex(Bottleneck):
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
         """What an adapter keeps, and Sᵢ Tᵢ of both matrices, which the products' gradients need."""
         y = super().trace(layer, x, tape, kind)
-        if y is not None:
-            tape.trains(self.rule)
+        if y is not None and tape.trains(self.rule, *self.trained()):
             for S, T in (self.trained()[:2], self.trained()[3:5]):
                 tape.save(x.like(rows=len(S) * S.shape[1], width=T.shape[2], itemsize=S.element_size()), kind)
         return y

@@ -129,5 +129,7 @@ class Scaled(LayerChange):
         """The tape keeps what the scale is multiplied with; the layer's own weight is frozen and keeps nothing."""
         if layer is not self.layer:
             return None
-        tape.save(x if self.on_input else x.like(width=sizes(layer)[1]), kind)
-        return x.like(width=sizes(layer)[1], grad=True)
+        y, learns = x.like(width=sizes(layer)[1]), tape.trains(self.scale)
+        if learns:
+            tape.save(x if self.on_input else y, kind)
+        return y.like(grad=x.grad or learns)

@@ -120,8 +120,9 @@ class _Vectors(Added):
         """The tape keeps which vector goes to which token; the block's input requires a gradient from here on."""
         if not self.covers(layer):
             return None
-        tape.save(x.like(width=1, itemsize=8, grad=False), kind)
-        return x.like(grad=True)
+        if learns := tape.trains(*self.trained()):
+            tape.save(x.like(width=1, itemsize=8, grad=False), kind)
+        return x.like(grad=x.grad or learns)
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pefttutor import Adapter, InvertibleAdapter, attached, fit, load, memory, save, switch, trainable
+from pefttutor import Adapter, InvertibleAdapter, attached, detach, fit, load, memory, save, switch, trainable
+from pefttutor.parts.blocks import blocks
 from pefttutor.parts.coupling import coupled, uncoupled
 from pefttutor.train.losses import causal_lm_loss
 from tests.additive.input.mad_x_library import BOTTLENECK, FILE, NAMES, model_of, value_of
@@ -286,6 +288,73 @@ def test_the_loss_without_logits_calls_no_head():
     torch.testing.assert_close(loss, loss_of(model, batch), rtol=1e-5, atol=1e-6)
 
 
+# ---- two languages together
+
+
+def two_languages(kind: str) -> nn.Module:
+    """In float64, with bottlenecks of their own, far from their start."""
+    model = tiny_model(kind, dtype=F64)
+    for i, name in enumerate(("velan", "german")):
+        InvertibleAdapter(bottleneck=3 + 2 * i).attach(model, name=name)
+    return moved(model, seed=3)
+
+
+def passing(model: nn.Module) -> nn.Module:
+    """The blocks and the norm after them give what they get."""
+    _, stack = blocks(model)
+    norm = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
+    for module in (*stack, norm):
+        module.forward = lambda x, *args, **kwargs: x
+    return model
+
+
+def read_by_head(model: nn.Module, kind: str) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    answer(model, tiny_batch(kind, dtype=F64))
+    handle.remove()
+    return seen[0]
+
+
+def loaded_onto(fresh_one: nn.Module, model: nn.Module, folder: Path) -> nn.Module:
+    for name in ("german", "velan"):
+        save(model, folder / name, name=name)
+        load(fresh_one, folder / name, name=name)
+    return fresh_one
+
+
+TOGETHER = {
+    "as attached": lambda model, kind, folder: model,
+    "switched on one by one": lambda model, kind, folder: switch(
+        switch(switch(model), "german"), "german", "velan"
+    ),
+    "the other one detached": lambda model, kind, folder: detach(model, "velan"),
+    "another in the place of the first": lambda model, kind, folder: moved(
+        InvertibleAdapter().attach(detach(model, "velan"), name="again"), seed=5
+    ),
+    "another attached while one is off": lambda model, kind, folder: switch(
+        moved(InvertibleAdapter().attach(switch(model, "german"), name="third"), seed=5),
+        "third", "velan", "german",
+    ),
+    "loaded in another order": lambda model, kind, folder: loaded_onto(
+        tiny_model(kind, dtype=F64), model, folder
+    ),
+    "copied": lambda model, kind, folder: copy.deepcopy(model),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("change", TOGETHER.values(), ids=TOGETHER)
+def test_the_head_takes_back_what_all_of_them_have_changed(change, kind, tmp_path):
+    """Where the blocks do nothing, it reads what it would read without any."""
+    model = passing(change(two_languages(kind), kind, tmp_path))
+    entered: list[Tensor] = []
+    blocks(model)[1][0].register_forward_hook(lambda block, args, output: entered.append(args[0].detach()))
+    expected = read_by_head(passing(tiny_model(kind, dtype=F64)), kind)
+    torch.testing.assert_close(read_by_head(model, kind), expected, rtol=0, atol=1e-12)
+    assert (entered[0] - expected).abs().max() > 0.1, "nothing was changed that could be taken back"
+
+
 # ---- what it refuses
 
 
@@ -333,6 +402,26 @@ def test_a_model_in_which_it_has_no_place_is_refused_and_left_as_it_was(make, sa
         with pytest.raises(ValueError, match=says):
             ask(model)
     assert differences(before, picture(model)) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_head_that_is_replaced_later_is_never_passed_by(kind):
+    """A tied one is as large as the embeddings afterwards and the same module; another is a new one, without hooks."""
+    model = moved(InvertibleAdapter().attach(fresh(kind)))
+    inputs = {key: value for key, value in batch_of(kind).items() if key != "labels"}
+    before, head = answer(model, inputs), model.lm_head
+    model.resize_token_embeddings(105, mean_resizing=False)
+    if head is model.lm_head:
+        assert torch.equal(answer(model, inputs)[..., :97], before)
+        return
+    with pytest.raises(
+        ValueError, match=r"this LlamaForCausalLM aren't those .* Replace them first and attach then"
+    ):
+        model(**inputs)
+    learned = {name: t for name, t in tensors(model).items() if "invertible" in name}
+    again = InvertibleAdapter().attach(detach(model))
+    again.load_state_dict(learned, strict=False)
+    torch.testing.assert_close(answer(again, inputs)[..., :97], before)
 
 
 def test_the_body_of_a_refused_model_takes_it_as_the_message_says():
