@@ -76,9 +76,9 @@ def test_right_answers_written_in_another_way_pass(capsys):
     paired = lambda **inputs: tuple(restarted(**inputs))  # noqa: E731
     answers = {
         check.ex13_1: paired,
-        check.ex13_2: cut_moment,
-        check.ex13_3: mora_branch,
-        check.ex13_4: melora_branch,
+        check.ex13_2: mora_branch,
+        check.ex13_3: melora_branch,
+        check.ex13_4: cut_moment,
     }
     for check_function, answer in answers.items():
         assert check_function(answer) is answer
@@ -90,10 +90,10 @@ def test_right_answers_written_in_another_way_pass(capsys):
     [
         (check.ex13_1, lambda **inputs: None, "None"),
         (check.ex13_1, lambda **inputs: ex13.restarted(**inputs)[0], "tuple"),
-        (check.ex13_2, lambda **inputs: ex13.cut_moment(**inputs).flatten(), "(20,)"),
-        (check.ex13_2, lambda moment, share: moment.quantile(share), "float32"),
-        (check.ex13_3, lambda x, M, n_out: x @ M.T, "RuntimeError"),
-        (check.ex13_4, lambda x, A, B, s: s * x @ torch.block_diag(*(A @ B)).T, "RuntimeError"),
+        (check.ex13_2, lambda x, M, n_out: x @ M.T, "RuntimeError"),
+        (check.ex13_3, lambda x, A, B, s: s * x @ torch.block_diag(*(A @ B)).T, "RuntimeError"),
+        (check.ex13_4, lambda **inputs: ex13.cut_moment(**inputs).flatten(), "(20,)"),
+        (check.ex13_4, lambda moment, share: moment.quantile(share), "float32"),
     ],
 )
 def test_the_message_says_what_came(check_function, attempt, says):

@@ -30,7 +30,7 @@ REFERENCES = {
     "10": ("masked_gradients", "share_outside", "masked_adamw", "paired"),
     "11": ("masked_linear", "hard_concrete", "second_order_mask", "best_fall"),
     "12": ("lora_forward", "merged_weight", "count_lora", "truncate"),
-    "13": ("restarted", "cut_moment", "mora_branch", "melora_branch"),
+    "13": ("restarted", "mora_branch", "melora_branch", "cut_moment"),
     "14": ("orthogonality", "importance", "budget", "proximal"),
     "15": ("dora_forward", "singular_start", "direction_gradient", "row_norms"),
     "22": ("tuned", "expected_best", "intruders", "shrunk", "stepped_back"),
