@@ -207,10 +207,12 @@ def test_the_series_gives_the_minutes_of_each_lesson():
 def test_the_method_table_has_every_method():
     import pefttutor
 
-    rows = re.findall(r"^\| `(\w+)` \| \[([\w/.]+)\]\(\2\) \| (\d\d|–) \| \S", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| \[([\w/.]+)\]\(\2\) \| (\d\d[a-z]?) \| \S", README, re.MULTILINE)
     assert sorted(row[0] for row in rows) == sorted(pefttutor.methods())
-    for method, file, _ in rows:
+    for method, file, lesson in rows:
         assert pefttutor.methods()[method].__module__ == file.removesuffix(".py").replace("/", ".")
+        (path,) = (ROOT / "notebooks").glob(f"{lesson}_*.ipynb")
+        assert re.search(rf"\b{method}\b", path.read_text(encoding="utf-8")), f"{lesson} doesn't name {method}"
 
 
 def test_the_readmes_example_runs():

@@ -11,7 +11,7 @@ from torch import nn
 
 from pefttutor.method import attached
 from pefttutor.parts.attachment import base_of
-from pefttutor.parts.fingerprint import check_base
+from pefttutor.parts.fingerprint import check_base, describe_base, problems
 
 SCHEDULES = ("linear", "constant", "cosine")
 
@@ -67,16 +67,23 @@ def described(model: nn.Module, written: Collection[str] = ()) -> dict[str, Any]
     >>> about["attachments"]["default"]["method"], list(about["base"])
     ('BitFit', ['bias', 'weight'])
 
-    written: parameters that a method changes without training them, as ReLoRA does: they are in the saved state, as
-        are all buffers, which a step may move.
+    written: parameters that the run has changed, trained or not, as ReLoRA does: they are in the saved state, as are
+        all buffers, which a step may move. "held" is what the methods hold and no step changes, as adapters that are
+        fused are held.
     """
     methods = {
         name: {"method": type(a.method).__name__, "fields": dataclasses.asdict(a.method), "learns": a.learns}
         for name, a in attached(model).items()
     }
-    saved = [] if methods else [name for name, p in model.named_parameters() if p.requires_grad]
-    saved += [*written, *(name for name, _ in model.named_buffers())]
-    return json.loads(json.dumps({"attachments": methods, "base": base_of(model, without=saved)}))
+    buffers = [name for name, _ in model.named_buffers()]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    saved = buffers if methods else [*trained, *written, *buffers]
+    added = {id(t) for a in attached(model).values() for part in a.parts for t in part.added()}
+    base = [name for name, p in model.named_parameters() if id(p) not in added]
+    held = describe_base(model, without={*base, *trained, *written, *buffers})
+    return json.loads(
+        json.dumps({"attachments": methods, "base": base_of(model, without=saved), "held": held})
+    )
 
 
 def check_resumable(saved: dict[str, Any], settings: dict[str, Any], model: nn.Module) -> None:
@@ -101,3 +108,9 @@ def check_resumable(saved: dict[str, Any], settings: dict[str, Any], model: nn.M
             f"{now['attachments'] or 'none'}. Attach the same methods with the same settings, or use resume=False"
         )
     check_base({name: values for name, values in now["base"].items() if name in saved["base"]}, saved["base"])
+    held = saved.get("held", {})  # files of before don't have it
+    if other := problems({name: values for name, values in now["held"].items() if name in held}, held):
+        raise ValueError(
+            f"the saved run stood on other frozen values of the attached methods: {'; '.join(other[:3])}. Load the "
+            "adapters that it was started with, or use resume=False"
+        )

@@ -14,7 +14,6 @@ from torch import nn
 
 from pefttutor.data.batches import Collate, Loss
 from pefttutor.data.evaluation import evaluate
-from pefttutor.method import attached
 from pefttutor.train.checkpoint import (
     Buffers,
     read_state,
@@ -139,7 +138,7 @@ class Run:
         if self.checkpoint is None:
             return
         written = [n for n, p in self.model.named_parameters() if p._version != self.before.get(n)]
-        rest = described(self.model, [] if attached(self.model) else written) | {
+        rest = described(self.model, written) | {
             "settings": self.settings,
             "history": self.history.as_dict() | {"interrupted": False},
         }

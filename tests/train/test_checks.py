@@ -156,6 +156,23 @@ def test_a_run_on_another_base_is_not_gone_on_with(tmp_path: Path) -> None:
     assert fit(again, NOT_CHANGED, steps=1, checkpoint=tmp_path, resume=True).steps == [1]
 
 
+def test_a_run_above_other_frozen_adapters_is_not_gone_on_with(tmp_path: Path) -> None:
+    def above(start: float) -> Any:
+        model = low()
+        dict(model.named_parameters())["model.layers.0.self_attn.q_proj.lora_B@low"].data.fill_(start)
+        return switch(bits(model), "low", "bits", train=("bits",))
+
+    fit(above(0.5), NOT_CHANGED, steps=1, checkpoint=tmp_path)
+    refuse(
+        r"other frozen values of the attached methods: model\.layers\.0\.self_attn\.q_proj\.lora_B.* has other values",
+        above(0.25),
+        steps=1,
+        checkpoint=tmp_path,
+        resume=True,
+    )
+    assert fit(above(0.5), NOT_CHANGED, steps=1, checkpoint=tmp_path, resume=True).steps == [1]
+
+
 def test_what_is_merged_and_would_learn_is_not_trained() -> None:
     refuse(
         "'low' is merged into the weights, so that what trains has no effect: unmerge it first", merge(low())
