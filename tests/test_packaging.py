@@ -212,7 +212,9 @@ def test_the_method_table_has_every_method():
     for method, file, lesson in rows:
         assert pefttutor.methods()[method].__module__ == file.removesuffix(".py").replace("/", ".")
         (path,) = (ROOT / "notebooks").glob(f"{lesson}_*.ipynb")
-        assert re.search(rf"\b{method}\b", path.read_text(encoding="utf-8")), f"{lesson} doesn't name {method}"
+        assert re.search(rf"\b{method}\b", path.read_text(encoding="utf-8")), (
+            f"{lesson} doesn't name {method}"
+        )
 
 
 def test_the_readmes_example_runs():
