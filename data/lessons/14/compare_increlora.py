@@ -17,9 +17,11 @@ import copy
 
 import pefttutor
 from pefttutor.authoring.tables import compare, drawn, prepared, scores
+from pefttutor.data.evaluation import evaluate
 
 MODEL, HEAD, STEPS, BATCH = "campus-nano", ("score",), 120, 16
 GROWING = {"target_r": 8, "max_r": 12, "incre_interval": 5, "top_h": 4, "lora_alpha": 16}
+SEARCH = range(100, 105)
 
 
 def train(task, n, way, lr, seed):
@@ -28,6 +30,8 @@ def train(task, n, way, lr, seed):
     method = pefttutor.IncreLoRA(**GROWING, orth_reg_weight=0.1, init_seed=seed, modules_to_save=HEAD)
     method.attach(model)
     pefttutor.fit(model, drawn(MODEL, task, n, seed), steps=STEPS, batch_size=BATCH, lr=lr, seed=seed)
+    if seed in SEARCH:  # the search looks at nothing else
+        return {"validation": evaluate(model, prepared(MODEL, task)[1]["validation"])["accuracy"]}
     names = [f"{kind}{block}" for block in range(4) for kind in "qv"]
     return scores(model, MODEL, task) | dict(zip(names, method.ranks(model).values(), strict=True))
 
@@ -40,7 +44,7 @@ if __name__ == "__main__":
         columns=("task", "n", "way"),
         rates=[1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1],
         seeds=range(10),
-        search_seeds=range(100, 105),
+        search_seeds=SEARCH,
         model=MODEL,
         tasks=["animals"],
         steps=STEPS,
