@@ -35,7 +35,7 @@ STEP_MISTAKES: dict[str, Callable[..., Any]] = {
     "s counts once: Adam's sign has forgotten the one in B's gradient": (
         lambda G, A, s, lr: s * first_step(G, A, s, lr)
     ),
-    "s counts once more here, and as 1/s": lambda G, A, s, lr: first_step(G, A, s, lr) / s**2,
+    "this divides by s: the factor is α/r, not r/α": lambda G, A, s, lr: first_step(G, A, s, lr) / s**2,
     "this is B; the change is s B A": lambda G, A, s, lr: _b(G, A, lr),
     "the rate is missing": lambda G, A, s, lr: first_step(G, A, s, 1.0),
     "this is the sign of G; B's gradient is s G Aᵀ": lambda G, A, s, lr: -s * lr * (G.sign() @ A.T) @ A,
