@@ -22,14 +22,15 @@ _DETAILS = re.compile(r"<details\b([^>]*)>\s*<summary>(.*?)</summary>", re.DOTAL
 def exercises(document: Document) -> Iterator[Problem]:
     """Two to four exercises, each with its stub right before its check and its hints right after.
 
-    They are numbered 1…n; an appendix may have some, too, which go on from its lesson's.
+    They are numbered 1…n; an appendix may have some, too, which go on from its lesson's and from earlier appendices'.
     """
     if document.number is None and not document.appendix:
         return
     lesson, before = document.path.name[:2], 0
     checks = _checks(document)
     if document.appendix:
-        before = sum(len(_checks(Document(path))) for path in document.path.parent.glob(f"{lesson}_*.ipynb"))
+        paths = document.path.parent.glob(f"{lesson}*.ipynb")
+        before = sum(len(_checks(Document(path))) for path in paths if path.name < document.path.name)
     elif len(checks) not in EXERCISES:
         what = f"{len(checks)} exercise checks, expected {EXERCISES.start} to {EXERCISES.stop - 1}"
         yield document.problem("file", "exercises", what)

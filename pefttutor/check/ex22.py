@@ -1,4 +1,4 @@
-"""Notebook 22: a search's rate, and what k tries reach; 22b: intruder dimensions, and the two ways back."""
+"""Notebook 22: a search's rate, what k tries reach; 22b: intruder dimensions, two ways back; 22c: a first step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pefttutor.check.ex22_intruders import (
     shrunk,
     stepped_back,
 )
+from pefttutor.check.ex22_steps import STEP_MISTAKES, first_step
 from pefttutor.check.values import draw
 
 
@@ -91,3 +92,11 @@ def ex22_5(attempt: Any) -> None:
         inputs = {"before": before, "after": after, "shorter": shorter}
         same_result(attempt, stepped_back, inputs, mistakes=BACK_MISTAKES)
     same_result(attempt, stepped_back, {"before": before, "after": before, "shorter": before})
+
+
+@exercise("22.6", reference=first_step)
+def ex22_6(attempt: Any) -> None:
+    """Two factors of two ranks, one of them small."""
+    for r, s, lr in ((3, 2.5, 0.25), (2, 0.5, 0.125)):
+        inputs = {"G": draw(5, 7, seed=r), "A": draw(r, 7, seed=r + 10), "s": s, "lr": lr}
+        same_result(attempt, first_step, inputs, mistakes=STEP_MISTAKES)

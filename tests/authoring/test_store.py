@@ -325,17 +325,27 @@ def test_an_appendix_may_leave_out_parts_of_the_anatomy_and_keeps_the_form(folde
     assert "exercises" in {problem.rule for problem in lint(written(folder, notebook, "12_more.ipynb"))}
 
 
-@pytest.mark.parametrize(("nth", "rules"), [(3, set()), (1, {"exercise-check"})])
-def test_an_appendix_s_exercises_go_on_from_its_lesson_s(nth, rules, folder):
-    written(folder, lesson(), "12_lora.ipynb")
-    title = text(f"# 12b More\n\n{BOX}", "title")
+def appendix(letter, nth, folder):
+    title = text(f"# 12{letter} More\n\n{BOX}", "title")
     cells = [title, code(SETUP, "setup"), *exercise(nth)]
     for count, cell in enumerate([cell for cell in cells if cell.cell_type == "code"], start=1):
         cell.execution_count = count
-    path = written(
-        folder, nbformat.v4.new_notebook(cells=cells, metadata=lesson().metadata), "12b_more.ipynb"
-    )
-    assert {problem.rule for problem in lint(path)} == rules
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=lesson().metadata)
+    return written(folder, notebook, f"12{letter}_more.ipynb")
+
+
+@pytest.mark.parametrize(("nth", "rules"), [(3, set()), (1, {"exercise-check"})])
+def test_an_appendix_s_exercises_go_on_from_its_lesson_s(nth, rules, folder):
+    written(folder, lesson(), "12_lora.ipynb")
+    assert {problem.rule for problem in lint(appendix("b", nth, folder))} == rules
+
+
+@pytest.mark.parametrize(("nth", "rules"), [(4, set()), (3, {"exercise-check"})])
+def test_a_second_appendix_s_exercises_go_on_from_the_first_one_s(nth, rules, folder):
+    written(folder, lesson(), "12_lora.ipynb")
+    first, second = appendix("b", 3, folder), appendix("c", nth, folder)
+    assert lint(first) == [], "what comes later doesn't count"
+    assert {problem.rule for problem in lint(second)} == rules
 
 
 def test_a_broken_file_is_one_problem(tmp_path):

@@ -79,6 +79,15 @@ def test_a_step_back_is_as_long_as_the_shrinking_and_ends_at_the_start():
     torch.testing.assert_close(ex22.stepped_back(before, after, after + 100), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("s", [0.25, 4.0])
+def test_the_first_step_is_the_one_that_adamw_takes(s):
+    G, A = draw(5, 7, seed=1), torch.nn.Parameter(draw(3, 7, seed=2))
+    B = torch.nn.Parameter(torch.zeros(5, 3))
+    (G * (s * B @ A)).sum().backward()
+    torch.optim.AdamW([A, B], lr=0.25, weight_decay=0, eps=1e-12).step()
+    torch.testing.assert_close(ex22.first_step(G, draw(3, 7, seed=2), s, 0.25), (s * B @ A).detach())
+
+
 @pytest.mark.parametrize(
     ("check_function", "attempt", "says"),
     [
@@ -98,6 +107,9 @@ def test_a_step_back_is_as_long_as_the_shrinking_and_ends_at_the_start():
             ),
             "nan",
         ),
+        (check.ex22_6, lambda G, A, s, lr: None, "None"),
+        (check.ex22_6, lambda G, A, s, lr: -s * lr * (G @ A).sign() @ A, "RuntimeError"),
+        (check.ex22_6, lambda G, A, s, lr: -s * lr * A.T @ (A @ G.T).sign(), "shape"),
     ],
 )
 def test_other_wrong_answers_are_rejected_too(check_function, attempt, says):
@@ -124,7 +136,14 @@ def every_set_by_hand(scores, k):
     return fmean(max(tries) for tries in combinations(scores, k))
 
 
+def step_by_autograd(G, A, s, lr):
+    B = torch.zeros(len(G), len(A), requires_grad=True)
+    (G * (s * B @ A)).sum().backward()
+    return -s * lr * B.grad.div(B.grad.abs()) @ A
+
+
 def test_other_right_answers_are_taken():
+    assert check.ex22_6(step_by_autograd) is step_by_autograd
     assert check.ex22_2(every_set_by_hand) is every_set_by_hand
     assert check.ex22_5(right_by_hand) is right_by_hand
     assert check.ex22_4(subtracted_by_hand) is subtracted_by_hand

@@ -26,6 +26,7 @@ from pefttutor.check import (
     ex16_search,
     ex22_answers,
     ex22_intruders,
+    ex22_steps,
     ex24_answers,
 )
 from tests.check.rejection import reason
@@ -92,6 +93,7 @@ MISTAKES = {
     check.ex22_3: ex22_intruders.INTRUDERS_MISTAKES,
     check.ex22_4: ex22_intruders.SHRUNK_MISTAKES,
     check.ex22_5: ex22_intruders.BACK_MISTAKES,
+    check.ex22_6: ex22_steps.STEP_MISTAKES,
     check.ex24_1: ex24_answers.LOTTERY_MISTAKES,
     check.ex24_2: ex24_answers.HARD_MISTAKES,
     check.ex24_3: ex24_answers.COMPOSED_MISTAKES,

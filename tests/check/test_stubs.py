@@ -33,7 +33,7 @@ REFERENCES = {
     "13": ("restarted", "mora_branch", "melora_branch", "cut_moment"),
     "14": ("orthogonality", "importance", "budget", "proximal"),
     "15": ("dora_forward", "singular_start", "direction_gradient", "row_norms"),
-    "22": ("tuned", "expected_best", "intruders", "shrunk", "stepped_back"),
+    "22": ("tuned", "expected_best", "intruders", "shrunk", "stepped_back", "first_step"),
     "24": ("lottery_difference", "hard_fisher", "composed"),
 }
 EXERCISES = {
