@@ -1,4 +1,4 @@
-"""Notebook 03, prompt tuning: a prompt before a batch, a start from class labels, a prompt of its own for each text."""
+"""Notebook 03, prompt tuning: a prompt before a batch, a start as labels, a prompt for each text, and a vote."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pefttutor.check.ex03_answers import (
     mixed_batch,
     with_prompt,
 )
+from pefttutor.check.ex03_votes import VOTE_MISTAKES, vote
 from pefttutor.check.values import draw
 
 
@@ -80,6 +81,19 @@ def ex03_3(attempt: Any) -> None:
             inputs,
             gradients=("prompt_0", "prompt_1"),
             mistakes={name: _read(mistake) for name, mistake in MIXED_MISTAKES.items()},
+        )
+
+
+@exercise("03.4", reference=vote)
+def ex03_4(attempt: Any) -> None:
+    """Five voters, the first loud and the last quiet, and four, who are often two against two."""
+    for voters, texts, classes in ((5, 20, 4), (4, 9, 6)):
+        loud = torch.linspace(4, 0.5, voters)[:, None, None]
+        same_result(
+            attempt,
+            vote,
+            {"logits": loud * draw(voters, texts, classes, seed=voters)},
+            mistakes=VOTE_MISTAKES,
         )
 
 

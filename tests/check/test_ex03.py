@@ -42,10 +42,13 @@ def test_right_answers_written_in_another_way_pass(capsys):
             "position_ids": positions,
         }
 
-    answers = {check.ex03_1: before, check.ex03_2: start, check.ex03_3: mixed}
+    def vote(logits):
+        return logits.argmax(-1).mode(0).values
+
+    answers = {check.ex03_1: before, check.ex03_2: start, check.ex03_3: mixed, check.ex03_4: vote}
     for check_function, answer in answers.items():
         assert check_function(answer) is answer
-    assert capsys.readouterr().out.count("correct") == 3
+    assert capsys.readouterr().out.count("correct") == 4
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,9 @@ def test_the_package_reads_a_prompt_as_the_references_do(two_texts):
         (check.ex03_3, lambda **inputs: None, "None"),
         (check.ex03_3, lambda prompts, **others: torch.stack(prompts), "RuntimeError"),
         (check.ex03_3, lambda **inputs: {"inputs_embeds": inputs["embeds"]}, "attention_mask"),
+        (check.ex03_4, lambda logits: ex03.vote(logits).tolist(), "came      ["),
+        (check.ex03_4, lambda logits: ex03.vote(logits[1:]), "numbers"),
+        (check.ex03_4, lambda logits: logits.argmax(2), "shape"),
     ],
 )
 def test_other_wrong_answers_are_rejected_too(check_function, attempt, says):

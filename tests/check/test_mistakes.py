@@ -6,6 +6,7 @@ from pefttutor import check
 from pefttutor.check import (
     ex02_answers,
     ex03_answers,
+    ex03_votes,
     ex04_answers,
     ex04_prefix,
     ex05_answers,
@@ -38,6 +39,7 @@ MISTAKES = {
     check.ex03_1: ex03_answers.PROMPT_MISTAKES,
     check.ex03_2: ex03_answers.START_MISTAKES,
     check.ex03_3: ex03_answers.MIXED_MISTAKES,
+    check.ex03_4: ex03_votes.VOTE_MISTAKES,
     check.ex04_1: ex04_answers.ATTENTION_MISTAKES,
     check.ex04_2: ex04_answers.SHARE_MISTAKES,
     check.ex04_3: ex04_prefix.PAIRS_MISTAKES,

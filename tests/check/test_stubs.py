@@ -20,7 +20,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 REFERENCES = {
     "00": ("count_parameters", "train_only", "token_accuracy"),
     "02": ("static_bytes", "feed_forward_bytes", "kv_cache_bytes"),
-    "03": ("with_prompt", "label_start", "mixed_batch"),
+    "03": ("with_prompt", "label_start", "mixed_batch", "vote"),
     "04": ("prefix_attention", "prefix_share", "layer_pairs", "MadeByMLP"),
     "05": ("Bottleneck", "adapted_sublayer", "adapter_count", "for_all_tasks"),
     "06": ("shares", "fused_sublayer", "fusion_start", "penalty"),
