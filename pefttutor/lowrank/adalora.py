@@ -22,7 +22,7 @@ from pefttutor.parts.importances import Importances
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.part import Part, of_kind
 from pefttutor.parts.settings import check_choice, check_number, check_whole
-from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets
+from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets, keep_highest
 
 __all__ = ["AdaLoRA"]
 
@@ -166,19 +166,13 @@ class AdaLoRA:
             importances.learn(self.beta1, self.beta2)
         due = step >= self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
         if (due and step < fixed_from) or step == fixed_from:
-            self._give_out(layers, importances.scores(), step)
+            scores = importances.scores()
+            # A loaded adapter that has learned none keeps what it has.
+            if scores.any():
+                keep_highest(layers, scores, self.budget(step, len(layers)))
         if due or step >= fixed_from:
             for layer in layers:
                 layer.cut()
-
-    def _give_out(self, layers: list[Triplets], scores: Tensor, step: int) -> None:
-        """The budget's triplets of the highest scores; a loaded adapter that has learned none keeps what it has."""
-        if not scores.any():
-            return
-        kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        kept[scores.topk(self.budget(step, len(layers))).indices] = True
-        for layer, mask in zip(layers, kept.split(self.init_r), strict=True):
-            layer.held(KEPT).copy_(mask)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the budget has come down to its target, and if not, why."""

@@ -7,13 +7,15 @@ New are the parameters `lora_B` (P), `lora_E` (λ) and `lora_A` (Q), and the buf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_layer import LowRank
 
-__all__ = ["Triplets", "draw_triplets"]
+__all__ = ["KEPT", "Triplets", "draw_triplets", "keep_highest"]
 
 KEPT = "lora_kept"
 STD = 0.02  # of the draws of P and Q
@@ -71,3 +73,11 @@ class Triplets(LowRank):
         """λ of the triplets that don't count becomes zero; they may come back."""
         lambdas = self.held("lora_E")
         lambdas.masked_fill_(~self.held(KEPT).view_as(lambdas), 0.0)
+
+
+def keep_highest(layers: Sequence[Triplets], scores: Tensor, count: int) -> None:
+    """Let the `count` triplets of the highest scores count, and no other. Shapes: scores (layers · r)."""
+    kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    kept[scores.topk(count).indices] = True
+    for layer, mask in zip(layers, kept.split(layers[0].r), strict=True):
+        layer.held(KEPT).copy_(mask)
