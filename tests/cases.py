@@ -514,6 +514,9 @@ CASES = {
     "DiffPruning": Case(lambda kind: pt.DiffPruning(), of_diff_pruning),
     "DoRA": Case(lambda kind: pt.DoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_dora),
     "DyLoRA": Case(lambda kind: pt.DyLoRA(r=2, lora_alpha=3, target_modules=TARGETS[kind]), of_lora),
+    "DynamicDoRA": Case(
+        lambda kind: pt.DynamicDoRA(init_r=2, target_r=2, total_step=2, target_modules=TARGETS[kind]), of_adalora
+    ),
     "FishDip": Case(lambda kind: pt.FishDip(fraction=0.1), share("fraction"), examples),
     "FishMask": Case(lambda kind: pt.FishMask(fraction=0.1), share("fraction"), examples),
     "IA3": Case(ia3, of_ia3),

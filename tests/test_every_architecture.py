@@ -107,6 +107,7 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
         "AdaLoRA": lambda: SetUp(
             kind(init_r=3, target_r=2, total_step=2, target_modules=targets, init_seed=1)
         ),
+        "DynamicDoRA": lambda: SetUp(kind(init_r=3, target_r=2, total_step=2, target_modules=targets)),
         **{name: lambda: SetUp(kind(r=2, target_modules=targets)) for name in LIKE_LORA},
         # L and R are of size 1, so with a larger s the merged weights are rounded visibly. And with the draws of seed 0
         # three of OPT's ReLU units lie so near zero that autocast's rounding switches them.
@@ -1340,6 +1341,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
             "COLA",
             "Compacter",
             "DeltaLoRA",
+            "DynamicDoRA",
             "IA3",
             "IncreLoRA",
             "LoRA",

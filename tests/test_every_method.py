@@ -403,13 +403,14 @@ def test_merged_it_computes_the_same_and_unmerged_every_bit_is_back(name, kind):
 
 @cells()
 def test_detaching_leaves_the_model_as_it_was_before(name, kind):
+    without = base_answer(kind)  # first: a classifier's first loss writes its kind of labels into its config
     model, inputs = fresh(kind), batch_of(kind)
     next(model.parameters()).requires_grad_(False)  # frozen by somebody before, and so it must stay
     model.register_forward_hook(lambda module, args, output: None)
     before = picture(model)
     attach(name, kind, model)
     train(moved(model), inputs, "sgd", steps=1)
-    assert not torch.equal(answer(model, inputs), base_answer(kind))
+    assert not torch.equal(answer(model, inputs), without)
     assert pt.detach(model) is model
     assert differences(before, picture(model)) == []
     assert pt.attached(model) == {}

@@ -5,6 +5,7 @@ from pefttutor.lowrank.cola import COLA
 from pefttutor.lowrank.delta_lora import DeltaLoRA
 from pefttutor.lowrank.dora import DoRA
 from pefttutor.lowrank.dylora import DyLoRA
+from pefttutor.lowrank.dynamic_dora import DynamicDoRA
 from pefttutor.lowrank.increlora import IncreLoRA
 from pefttutor.lowrank.loha import LoHa
 from pefttutor.lowrank.lokr import LoKr
@@ -24,6 +25,6 @@ from pefttutor.lowrank.sora import SoRA
 from pefttutor.lowrank.vera import VeRA
 
 __all__ = [
-    "COLA", "MPO", "AdaLoRA", "DeltaLoRA", "DoRA", "DyLoRA", "IncreLoRA", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAHub",
-    "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "ReLoRA", "SLTrain", "SoRA", "VeRA",
+    "COLA", "MPO", "AdaLoRA", "DeltaLoRA", "DoRA", "DyLoRA", "DynamicDoRA", "IncreLoRA", "LoHa", "LoKr", "LoRA",
+    "LoRAFA", "LoRAHub", "LoRAPlus", "LoTR", "MELoRA", "MiLoRA", "MoRA", "PiSSA", "ReLoRA", "SLTrain", "SoRA", "VeRA",
 ]  # fmt: skip

@@ -11,9 +11,15 @@ from pefttutor import lowrank
 from pefttutor.train.hooks import Hooks
 from tests.pictures import differences, picture
 
-FIELDS = {"AdaLoRA": ("init_r",), "IncreLoRA": ("init_r", "target_r", "max_r"), "MPO": ("bond_dim",)}
+FIELDS = {
+    "AdaLoRA": ("init_r",),
+    "DynamicDoRA": ("init_r",),
+    "IncreLoRA": ("init_r", "target_r", "max_r"),
+    "MPO": ("bond_dim",),
+}
 # What a method needs beside a rank.
-OWN = {"AdaLoRA": {"total_step": 5, "target_r": 1}, "MELoRA": {"n": 1}}
+PRUNED = {"total_step": 5, "target_r": 1}
+OWN = {"AdaLoRA": PRUNED, "DynamicDoRA": PRUNED, "MELoRA": {"n": 1}}
 # Of these a larger one makes sense, and is described there.
 ANY_RANK = {
     "LoKr": "its factors are whole then, which is KronA",
@@ -47,7 +53,8 @@ SCHEDULED = [name for name in lowrank.__all__ if hasattr(getattr(pt, name), "aft
 
 
 def scheduled(name: str):
-    own = {"AdaLoRA": {"init_r": 2, "target_r": 1, "total_step": 5}, "IncreLoRA": {"target_r": 2, "max_r": 3}}
+    pruned = {"init_r": 2, "target_r": 1, "total_step": 5}
+    own = {"AdaLoRA": pruned, "DynamicDoRA": pruned, "IncreLoRA": {"target_r": 2, "max_r": 3}}
     return getattr(pt, name)(**own.get(name, {"r": 2}), target_modules=("0",))
 
 
