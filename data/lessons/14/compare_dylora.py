@@ -26,7 +26,10 @@ from pefttutor.data.evaluation import evaluate
 from pefttutor.widgets.spectrum import truncated, updates
 
 MODEL, STEPS, BATCH, RANKS = "campus-nano", 120, 16, (1, 2, 4, 8)
-CASES, SEARCH = {("animals", 256): 1e-2, ("verdicts", 64): 2e-2}, range(100, 105)  # the rate of LoRA of rank 8
+CASES, SEARCH = (
+    {("animals", 256): 1e-2, ("verdicts", 64): 2e-2},
+    range(100, 105),
+)  # the rate of LoRA of rank 8
 
 
 def train(task, n, way, lr, seed):
@@ -52,7 +55,11 @@ if __name__ == "__main__":
     compare(
         __file__,
         train,
-        {(*case, way): window for case in CASES for way, window in (("DyLoRA", (1e-2, 2e-2)), ("LoRA, cut", None))},
+        {
+            (*case, way): window
+            for case in CASES
+            for way, window in (("DyLoRA", (1e-2, 2e-2)), ("LoRA, cut", None))
+        },
         columns=("task", "n", "way"),
         rates=[1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1],
         seeds=range(10),
