@@ -116,7 +116,7 @@ def _order(rate: Any) -> list[float]:
     return [one or 0.0 for one in (rate if isinstance(rate, tuple) else (rate,))]
 
 
-def scores(model: Any, name: str, task: str) -> dict[str, float]:
+def scores(model: Any, name: str, task: str, *, searching: bool = False) -> dict[str, float]:
     """What a row says of an adapted classifier: accuracy on validation and test, and how much worse it reads the world.
 
     forgotten = held_out_loss(adapted) − held_out_loss(base), in nats per token
@@ -125,10 +125,14 @@ def scores(model: Any, name: str, task: str) -> dict[str, float]:
     >>> scores(base, "campus-nano", "sentiment")["forgotten"]
     0.0
 
-    model: trained from `prepared(name, task)`. Cost: that of `evaluate` twice and of `held_out_loss` once.
+    model: trained from `prepared(name, task)`. searching: the accuracy on validation alone, for a seed that searches
+        a rate and should see nothing else. Cost: that of `evaluate` twice and of `held_out_loss` once; of `evaluate`.
     """
     splits = prepared(name, task)[1]
-    found = {split: evaluate(model, splits[split])["accuracy"] for split in ("validation", "test")}
+    found = {"validation": evaluate(model, splits["validation"])["accuracy"]}
+    if searching:
+        return found
+    found["test"] = evaluate(model, splits["test"])["accuracy"]
     tokenizer, before = _before(name)
     return found | {"forgotten": data.held_out_loss(model, tokenizer) - before}
 
