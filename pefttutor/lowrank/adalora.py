@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pefttutor.kernels.orthogonality import off_orthogonal_norms
 from pefttutor.method import DEFAULT, attaching, attachments_of, learning
 from pefttutor.parts.added import NO_STEP, step_counter, steps_of
+from pefttutor.parts.importances import Importances
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
-from pefttutor.parts.part import of_kind
+from pefttutor.parts.part import Part, of_kind
 from pefttutor.parts.settings import check_choice, check_number, check_whole
 from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets
 
@@ -118,6 +119,7 @@ class AdaLoRA:
             generator = torch.Generator().manual_seed(self.init_seed)
             factors = partial(draw_triplets, r=self.init_r, generator=generator)
             add_lowrank(new, model, factors, Triplets, rank="init_r", scale_by_rank=self.scale_by_rank)
+            new.add(Importances(model, name, of_kind(new.parts, Triplets)))
             new.add(step_counter(model, COUNTER, name))
         return model
 
@@ -153,30 +155,30 @@ class AdaLoRA:
     def after_step(self, model: nn.Module, step: int) -> None:
         """Learn from the step what counts, and give out the ranks where that is due."""
         for attachment in learning(model, self):
-            self._allocate(of_kind(attachment.parts, Triplets), steps_of(model, COUNTER, attachment.name))
+            self._allocate(attachment.parts, steps_of(model, COUNTER, attachment.name))
 
-    def _allocate(self, parts: list[Triplets], counter: Tensor) -> None:
+    def _allocate(self, parts: list[Part], counter: Tensor) -> None:
         assert self.total_step is not None
         step, fixed_from = int(counter), self.total_step - self.tfinal
         counter += 1
+        layers, (importances,) = of_kind(parts, Triplets), of_kind(parts, Importances)
         if step < fixed_from:
-            for part in parts:
-                part.learn_importance(self.beta1, self.beta2)
+            importances.learn(self.beta1, self.beta2)
         due = step >= self.tinit and (step % self.deltaT == 0 or step == self.total_step - 1)
         if (due and step < fixed_from) or step == fixed_from:
-            self._give_out(parts, torch.cat([part.scores().to(counter.device) for part in parts]), step)
+            self._give_out(layers, importances.scores(), step)
         if due or step >= fixed_from:
-            for part in parts:
-                part.cut()
+            for layer in layers:
+                layer.cut()
 
-    def _give_out(self, parts: list[Triplets], scores: Tensor, step: int) -> None:
+    def _give_out(self, layers: list[Triplets], scores: Tensor, step: int) -> None:
         """The budget's triplets of the highest scores; a loaded adapter that has learned none keeps what it has."""
         if not scores.any():
             return
         kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        kept[scores.topk(self.budget(step, len(parts))).indices] = True
-        for part, mask in zip(parts, kept.split(self.init_r), strict=True):
-            part.held(KEPT).copy_(mask)
+        kept[scores.topk(self.budget(step, len(layers))).indices] = True
+        for layer, mask in zip(layers, kept.split(self.init_r), strict=True):
+            layer.held(KEPT).copy_(mask)
 
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the budget has come down to its target, and if not, why."""

@@ -42,7 +42,7 @@ class Attention:
     sdpa 9216
 
     bias: of T5's positions; None where there is none, else whether it trains. masked: whether `sdpa` gets a mask.
-    before: how many of the keys are a prefix that trains.
+    before: how many of the keys are a prefix. before_trains: whether it does.
     float_softmax: whether the model takes the softmax in float32 and rounds it back, which keeps both.
     """
 
@@ -57,11 +57,13 @@ class Attention:
     bias: bool | None = None
     masked: bool = False
     before: int = 0
+    before_trains: bool = False
 
     def __call__(self, tape: Tape, q: Paper, k: Paper, v: Paper) -> Paper:
         """q (batch · length, heads · d), k and v (batch · keys, kv_heads · d) → (batch · length, heads · d)."""
         if self.before:
-            k, v = (x.like(rows=x.rows + self.batch * self.before, grad=True) for x in (k, v))
+            rows = k.rows + self.batch * self.before
+            k, v = (x.like(rows=rows, grad=x.grad or self.before_trains) for x in (k, v))
         if self.mode == "eager":
             return self._written_out(tape, q, k, v)
         if tape.device == "cpu" and (self.dropout or self.bias):  # which the fused kernel there doesn't know

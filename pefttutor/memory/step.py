@@ -26,7 +26,8 @@ class Step:
     target_length: int  # how long an encoder-decoder's labels are
     attention: str
     padding: bool = False  # whether the texts of a batch differ in length
-    prefix: int = 0  # keys and values that train before those of a text
+    prefix: int = 0  # keys and values before those of a text
+    prefix_trains: bool = False
 
     def ids(self, length: int) -> Paper:
         return Paper(self.batch_size * length, 1, INDEX, False)
@@ -48,6 +49,7 @@ class Step:
             self.attention,
             masked=masked,
             before=before,
+            before_trains=self.prefix_trains,
             **more,
         )
 
@@ -71,8 +73,8 @@ class Step:
 
 
 def opened(tape: Tape, model: Any, x: Paper, body: Any = None) -> Paper:
-    """What goes into the blocks: virtual tokens that `body` reads among the words require a gradient; so do, under
-    checkpointing, frozen embeddings once something is attached.
+    """What goes into the blocks: virtual tokens that train and that `body` reads among the words require a gradient; so
+    do, under checkpointing, frozen embeddings once something is attached.
 
     >>> from torch import nn
     >>> model, x = nn.Linear(2, 2), Paper(rows=4, width=8, itemsize=4, grad=False)
@@ -81,7 +83,7 @@ def opened(tape: Tape, model: Any, x: Paper, body: Any = None) -> Paper:
     (False, True)
     """
     virtual = [part for part in tape.parts if body is not None and part.covers(body)]
-    tape.met.update(parameter for part in virtual for parameter in part.trained())
+    learns = tape.trains(*(parameter for part in virtual for parameter in part.trained()))
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    wanted = virtual or (tape.parts and checkpointed)
+    wanted = learns or (tape.parts and checkpointed)
     return x.like(grad=True) if wanted and not x.grad else x

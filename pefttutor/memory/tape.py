@@ -67,11 +67,13 @@ class Tape:
         return x
 
     def _traced(self, layer: Any, x: Paper, kind: str) -> Paper | None:
-        """The output by the rule of the one part that has changed the layer. Raises: ValueError if several have."""
+        """The output by the rule of the one part that has changed the layer. Raises: ValueError if several have, or
+        others stand in the place of its weight."""
         changed = [part for part in self.parts if part.covers(layer)]
-        if len(changed) > 1:
+        several = len(changed) + any(part.shades(layer) for part in self.parts)
+        if changed and several > 1:
             raise ValueError(
-                f"{len(changed)} attachments change the same {type(layer).__name__}, and the estimator knows what one "
+                f"{several} attachments change the same {type(layer).__name__}, and the estimator knows what one "
                 "keeps. Measure it instead: pefttutor.memory.measure(step, model=model)."
             )
         return changed[0].trace(layer, x, self, kind) if changed else None

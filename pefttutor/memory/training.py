@@ -132,9 +132,13 @@ def _walked(tape: Tape, model: Any, step: Step) -> Paper:
     instead = "Measure it instead: pefttutor.memory.measure(step, model=model)."
     # Virtual tokens lengthen a text inside of the body, and the head sees the text alone.
     longer = step.sequence_length + sum(part.lengthens() for part in tape.parts)
-    inside = replace(step, sequence_length=longer, prefix=sum(part.precedes() for part in tape.parts))
     in_attention = [part for part in tape.parts if part.precedes() or isinstance(part, PrefixGates)]
-    tape.met.update(p for part in in_attention for p in part.trained())
+    inside = replace(
+        step,
+        sequence_length=longer,
+        prefix=sum(part.precedes() for part in tape.parts),
+        prefix_trains=tape.trains(*(p for part in in_attention for p in part.trained())),
+    )
     for part in [part for part in tape.parts if isinstance(part, Made) and part.on]:
         run_alone(tape, Making(part), Paper(1, 1, FLOAT, False), "embeddings")
     try:

@@ -167,6 +167,9 @@ class Entries(Settled):
         layer, key = self.owners[0]
         return layer.get_buffer(added_key(key + INDEX, self.name))
 
+    def shades(self, module: nn.Module) -> bool:
+        return self.values.requires_grad and any(layer is module for layer, _ in self.owners)
+
     def trained(self) -> list[nn.Parameter]:
         return [self.values]
 

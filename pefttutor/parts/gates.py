@@ -96,16 +96,16 @@ class GatedLowRank(LowRank):
         """x Aᵀ before and after its gate."""
         if layer is not self.layer:
             return None
-        narrow = tape.linear(x, self.r, kind, weight=True)
-        tape.save(narrow, kind)
-        tape.save(x.like(width=1), kind)  # σ's own output
-        gated = narrow.like(grad=True)
-        n_out = sizes(layer)[1]
-        tape.linear(gated, n_out, kind, weight=True)
-        A = self.trained()[0]
-        for width in (x.width, n_out) if A.element_size() != x.itemsize else ():
+        n_out, learns = sizes(layer)[1], tape.trains(*self.trained())
+        narrow = tape.linear(x, self.r, kind, weight=learns)
+        if narrow.grad:
+            tape.save(narrow, kind)
+            tape.save(x.like(width=1), kind)  # σ's own output
+        y = tape.linear(narrow.like(), n_out, kind, weight=learns)
+        rounded = y.grad and self.trained()[0].element_size() != x.itemsize
+        for width in (x.width, n_out) if rounded else ():
             tape.save(x.like(rows=self.r, width=width), kind)
-        return x.like(width=n_out, grad=True)
+        return y
 
 
 class GatedBottleneck(Bottleneck):
@@ -124,7 +124,7 @@ class GatedBottleneck(Bottleneck):
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
         """What an adapter keeps, its output, and the gate."""
         y = super().trace(layer, x, tape, kind)
-        if y is not None:
+        if y is not None and y.grad:
             tape.save(y.like(), kind)
             tape.save(y.like(width=1), kind)
         return y

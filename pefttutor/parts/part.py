@@ -132,6 +132,10 @@ class Part:
         """Whether this part has changed what `module` computes."""
         return False
 
+    def shades(self, module: nn.Module) -> bool:
+        """Whether `module` sees a weight through this part: made anew at each call, or for a gradient of its own."""
+        return False
+
 
 def of_kind(parts: Iterable[Part], kind: type[Kind]) -> list[Kind]:
     """Those of an attachment's parts that are of this kind, in their order."""

@@ -100,6 +100,10 @@ class Shadowed(Part):
         for layer, key in self.owners:
             hush(layer, key, self.name, on=on)
 
+    def shades(self, module: nn.Module) -> bool:
+        hushed = vars(module).get("_hushed", ())
+        return any(layer is module and (key, self.name) not in hushed for layer, key in self.owners)
+
     def touched(self) -> list[Tensor]:
         return [self.weight]
 

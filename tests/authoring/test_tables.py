@@ -253,6 +253,9 @@ def test_scores_say_what_evaluate_says_and_what_training_forgets():
     assert found["test"] == pefttutor.evaluate(model, splits["test"])["accuracy"]
     assert found["validation"] == pefttutor.evaluate(model, splits["validation"])["accuracy"]
     assert found["forgotten"] > 0.1
+    assert runs.scores(model, "campus-nano", "verdicts", searching=True) == {
+        "validation": found["validation"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,13 @@ class Scaled(LayerChange):
         return weight * scale.unsqueeze(1), None if bias is None else bias * scale
 
     def trace(self, layer: nn.Module, x: Any, tape: Any, kind: str) -> Any:
-        """The tape keeps what the scale is multiplied with; the layer's own weight is frozen and keeps nothing."""
+        """The tape keeps what the scale is multiplied with, and a rounded scale for what flows on; the layer's own
+        weight is frozen and keeps nothing."""
         if layer is not self.layer:
             return None
         y, learns = x.like(width=sizes(layer)[1]), tape.trains(self.scale)
         if learns:
             tape.save(x if self.on_input else y, kind)
+        if x.grad and self.scale.element_size() != x.itemsize:
+            tape.save(x.like(rows=1, width=len(self.scale)), kind)
         return y.like(grad=x.grad or learns)

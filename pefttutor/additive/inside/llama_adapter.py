@@ -163,8 +163,8 @@ class Attended(LayerChange):
         and what norms of both keep."""
         if layer is not self.layer:
             return None
-        count, q = len(self.trained()[0]), x.like()
-        k = x.like(rows=count, width=self.heads.keys * self.heads.width, grad=True)
+        learns, count, q = tape.trains(*self.trained()), len(self.trained()[0]), x.like()
+        k = x.like(rows=count, width=self.heads.keys * self.heads.width, grad=learns)
         for norm, read in zip(self.norms, (q, k), strict=True):
             if norm is not None:
                 own = width_of(norm)
@@ -172,9 +172,12 @@ class Attended(LayerChange):
         tape.kept.pop(q, None)  # what W_q gives: the attention's own norm keeps it as well
         weights = x.like(rows=x.rows * self.heads.queries, width=count)
         wide = weights.like(itemsize=max(4, x.itemsize))
-        tape.save(x.like(), kind)
-        for paper in [wide, weights.like(), *([weights.like()] if x.itemsize < wide.itemsize else [])]:
-            tape.save(paper, kind)
-        for _ in range(1 + x.grad):
+        if x.grad or learns:
+            tape.save(wide, kind)
+        if learns:
+            tape.save(x.like(), kind)
+            for _ in range(1 + (x.itemsize < wide.itemsize)):
+                tape.save(weights.like(), kind)
+        for _ in range((x.grad or learns) + x.grad):
             tape.save(x.like(rows=count), kind)
-        return x.like(width=sizes(layer)[1], grad=True)
+        return x.like(width=sizes(layer)[1], grad=x.grad or learns)

@@ -39,9 +39,7 @@ def build(side: Side, seed: int, device: str, *, work: Work) -> Step:
         AdaLoRA(**settings, target_modules=LINEAR).attach(model)
         hooks = Hooks(model)
         penalty, after_step = hooks.penalty, hooks.after_step
-        learned = partial(
-            _ours, [part for part in attached(model)["default"].parts if hasattr(part, "triplets")]
-        )
+        learned: Callable[[], dict[str, Tensor]] = partial(dict, _ours(attached(model)["default"].parts))
     else:
         import peft
 
@@ -81,12 +79,18 @@ def _peer_penalty(adapted: Any) -> Tensor:
 
 
 def _ours(parts: list[Any]) -> dict[str, Tensor]:
-    """The importances of some layers' Q."""
-    found = {}
-    for i, part in list(enumerate(parts))[::EVERY]:
-        _, Q, _ = part.triplets
-        for name, values in zip(("sensitivity", "uncertainty"), part.held("lora_importance"), strict=True):
-            found[f"{i}.{name}"] = values[R : R + Q.numel()].view_as(Q)
+    """The importances of some layers' Q, as views of what each step writes into."""
+    from pefttutor.parts.importances import Importances
+    from pefttutor.parts.part import of_kind
+
+    (importances,) = of_kind(parts, Importances)
+    values, (averages,) = importances.values, importances.added()
+    split = averages.split([value.numel() for value in values], dim=1)
+    places, found = [id(value) for value in values], {}
+    for i, layer in list(enumerate(importances.layers))[::EVERY]:
+        _, Q, _ = layer.triplets
+        for name, of_Q in zip(("sensitivity", "uncertainty"), split[places.index(id(Q))], strict=True):
+            found[f"{i}.{name}"] = of_Q.view_as(Q)
     return found
 
 
