@@ -4,7 +4,7 @@
 
 Pfeiffer's place and 15 features in the middle, as in lesson 05's table; 600 steps of 16 at one rate, which wasn't
 searched. A file in adapters/ holds what an adapter has learned on the body of campus-nano, so that it fits whatever
-head stands on it. compare_animals.py and lesson 06 load these files.
+head stands on it. compare_fusions.py and lesson 06 load these files.
 
 The table, adapt_sources.jsonl, says what each reaches on its own task.
 """

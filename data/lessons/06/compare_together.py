@@ -2,8 +2,8 @@
 
     python data/lessons/06/compare_together.py        goes on where it was stopped
 
-The shared model and the adapters are those of adapt_together.py, trained once and then frozen; steps, seeds and search
-are those of compare_animals.py and compare_verdicts.py, where the four were trained each alone. Ways:
+The shared model and the adapters are those of adapt_together.py, trained once and then frozen; targets, steps,
+seeds and rates are those of compare_fusions.py, where the four were trained each alone. Ways:
 
 fusion            the four adapters fused, with a new head
 new adapter       a new adapter and a new head on the shared model, without the four
@@ -19,31 +19,28 @@ from pathlib import Path
 import pefttutor
 from pefttutor.authoring.tables import compare, drawn, prepared, scores
 
-FIRST = runpy.run_path(str(Path(__file__).with_name("compare_animals.py")))
+FIRST = runpy.run_path(str(Path(__file__).with_name("compare_fusions.py")))
 SHARED = runpy.run_path(str(Path(__file__).with_name("adapt_together.py")))
-MODEL, SOURCES, STEPS, BATCH, SEARCH, RATES = (
-    FIRST[name] for name in ("MODEL", "SOURCES", "STEPS", "BATCH", "SEARCH", "RATES")
+MODEL, SOURCES, CASES, STEPS, BATCH, SEARCH = (
+    FIRST[name] for name in ("MODEL", "SOURCES", "CASES", "STEPS", "BATCH", "SEARCH")
 )
-CASES = [("verdicts", 64), ("animals", 256)]
 WINDOWS = {"fusion": (1e-3, 5e-3), "new adapter": (5e-3, 2e-2), "frozen + head": None}
 
 
 def train(task, n, way, lr, seed):
     """Adapt the shared model in one way to the n examples of a seed; what `scores` says of it."""
-    splits, examples = prepared(MODEL, task)[1], drawn(MODEL, task, n, seed)
+    examples = drawn(MODEL, task, n, seed)
     model = SHARED["with_body"](copy.deepcopy(SHARED["together"]()[0]), task)
     if way != "fusion":
         pefttutor.detach(model.model)
     if way == "frozen + head":
-        pefttutor.fit_head(model, examples, splits["validation"])
+        pefttutor.fit_head(model, examples, prepared(MODEL, task)[1]["validation"])
         return scores(model, MODEL, task)
     new = pefttutor.Adapter(**FIRST["SOURCE"]["ADAPTER"], init_seed=seed)
     method = pefttutor.AdapterFusion(adapters=SOURCES, init_seed=seed) if way == "fusion" else new
     method.attach(model.model, name="new")
     pefttutor.fit(model, examples, steps=STEPS, batch_size=BATCH, lr=lr, seed=seed)
-    if seed in SEARCH:  # the search looks at nothing else
-        return {"validation": pefttutor.evaluate(model, splits["validation"])["accuracy"]}
-    return scores(model, MODEL, task)
+    return scores(model, MODEL, task, searching=seed in SEARCH)
 
 
 if __name__ == "__main__":
@@ -52,7 +49,7 @@ if __name__ == "__main__":
         train,
         {(*case, way): window for case in CASES for way, window in WINDOWS.items()},
         columns=("task", "n", "way"),
-        rates=RATES,
+        rates=FIRST["RATES"],
         seeds=range(10),
         search_seeds=SEARCH,
         model=MODEL,
