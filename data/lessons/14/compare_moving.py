@@ -12,7 +12,7 @@ A seed draws the examples, their order and the factors. Learning rates lie on 1,
 way's first window, which is widened as long as the best mean accuracy on the validation split lies at its edge. The
 columns q0, v0, … are the ranks in the end, of q_proj and v_proj in each block.
 
-Lesson 14 and its appendix 14b read the table, compare_moving.jsonl.
+Appendix 14b reads the table, compare_moving.jsonl.
 """
 
 import copy
