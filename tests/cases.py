@@ -209,6 +209,19 @@ def of_adapter(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     return {f"{n}.adapter_{key}": size(d) for n, d in widths.items() for key, size in sizes.items()}
 
 
+def of_ciat(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
+    """An adapter beside each self-attention and feed-forward, and one with a norm over what goes into each stack."""
+    beside = {n: size for n, size in of_adapter(kind, base, method).items() if "EncDecAttention" not in n}
+    m, over = method.embedding_bottleneck, {}
+    # Of an encoder with one block alone its two sublayers are the list that is found.
+    firsts = ("encoder.block.0.layer.0", "decoder.block.0") if kind == "t5" else (f"{BLOCKS[kind]}.0",)
+    for first in firsts:
+        d = base.get_input_embeddings().weight.shape[1]
+        sizes = {"norm": d, "norm_bias": d, "down": m * d, "down_bias": m, "up": m * d, "up_bias": d}
+        over |= {f"{first}.embedding_{key}": size for key, size in sizes.items()}
+    return beside | over
+
+
 def of_adamix(kind: str, base: nn.Module, method: Any) -> dict[str, int]:
     """At the end of each feed-forward the down-projections of all experts, and one up-projection."""
     ends = {n: size for n, size in of_adapter(kind, base, method).items() if is_feed_forward(n)}
@@ -497,6 +510,7 @@ CASES = {
     ),
     "AutoFreeze": Case(lambda kind: pt.AutoFreeze(), everything),
     "BitFit": Case(lambda kind: pt.BitFit(), lambda kind, base, _: sizes(base, lambda n: n.endswith("bias"))),
+    "CIAT": Case(lambda kind: pt.CIAT(bottleneck=3, embedding_bottleneck=2), of_ciat),
     "COLA": Case(  # without a merge, as ReLoRA
         lambda kind: pt.COLA(r=2, lora_alpha=3, link_steps=100, target_modules=TARGETS[kind]), of_lora
     ),
@@ -613,6 +627,9 @@ CANNOT = {
     ): r"what goes in for a text's tokens, and a ViTForImageClassification has none",
     ("InvertibleAdapter", "net"): r"what goes in for a text's tokens, and a Net has none that it tells of",
     ("InvertibleAdapter", "merge"): r"can't be merged: it changes what the model computes",
+    ("CIAT", "vit"): r"what goes in for a text's tokens, and a ViTForImageClassification has none",
+    ("CIAT", "net"): r"what goes in for a text's tokens, and a Net has none that it tells of",
+    ("CIAT", "merge"): r"can't be merged",
     ("Compacter", "merge"): r"can't be merged: a bottleneck adapter has a nonlinearity",
     **{
         (

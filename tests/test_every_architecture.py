@@ -42,7 +42,17 @@ LIKE_LORA = (
     "SoRA", "VeRA",
 )  # fmt: skip
 # Tensors that no weight is made of: what makes use of them is put around the base, by hooks.
-IN_HOOKS = ("adamix_", "adapter_", "sparse_", "adaption_", "compacter_", "fusion_", "invertible_", "lst_")
+IN_HOOKS = (
+    "adamix_",
+    "adapter_",
+    "sparse_",
+    "adaption_",
+    "compacter_",
+    "embedding_",
+    "fusion_",
+    "invertible_",
+    "lst_",
+)
 GATES = ("lora_gate_", "prefix_gate_")
 # Tensors that are met in the formula of another one.
 IN_ANOTHERS = {
@@ -100,6 +110,9 @@ def set_up(name: str, architecture: Architecture, model: nn.Module) -> SetUp:
             )
         ),
         "UniPELT": lambda: SetUp(_unipelt(kind, architecture, model, targets, scaled)),
+        "CIAT": lambda: SetUp(
+            kind(bottleneck=3, embedding_bottleneck=2, activation="gelu", **_beside(model, targets))
+        ),
         "Compacter": lambda: SetUp(
             kind(bottleneck=4, n=2, r=2, target_modules=_where_not_found(model, scaled))
         ),
@@ -553,13 +566,35 @@ def _coupled(base: Any, networks: Mapping[str, Mapping[str, Tensor]]) -> Iterato
 
 
 @contextlib.contextmanager
+def _over_embeddings(base: nn.Module, found: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """A bottleneck by hand over what goes into a first block, behind a norm that is written out."""
+
+    def enter(w: Mapping[str, Tensor], block: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        centred = x - x.mean(-1, keepdim=True)
+        normed = (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w["norm"] + w["norm_bias"]
+        )
+        new = x + torch.relu(normed @ w["down"].t() + w["down_bias"]) @ w["up"].t() + w["up_bias"]
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    handles = [
+        base.get_submodule(path).register_forward_pre_hook(functools.partial(enter, w), with_kwargs=True)
+        for path, w in found.items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def _adapters(
     base: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]], method: Any, batch: Any
 ) -> Iterator[None]:
     """Adapters by hand: what a layer gives, and s times two matrices with GELU between them applied to it."""
 
     read: dict[str, Tensor] = {}
-    beside = isinstance(method, pefttutor.MAM)  # the feed-forward: it reads what that reads
+    beside = isinstance(method, (pefttutor.MAM, pefttutor.CIAT))  # a sublayer: it reads what that reads
     starts = {s.end: s.start for s in sublayers(base)} if beside and method.adapter_modules is None else {}
 
     def note(path: str, layer: nn.Module, args: Any) -> None:
@@ -890,6 +925,7 @@ def right_gradients(model: nn.Module, base: nn.Module, batch: Mapping[str, Any])
     with contextlib.ExitStack() as stack:
         stack.enter_context(_special(base, by_hand.vectors, batch, method))
         stack.enter_context(_coupled(base, _by_layer(by_hand.leaves, "invertible_")))
+        stack.enter_context(_over_embeddings(base, _by_layer(by_hand.leaves, "embedding_")))
         stack.enter_context(_adapters(base, by_hand.adapters, method, batch))
         stack.enter_context(_gated(base, by_hand.leaves, batch, method))
         stack.enter_context(_with_prompts(base, by_hand.prompts))
@@ -1289,6 +1325,11 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **{name: _NO_TEXT for name in ("PTuning", "PromptTuning")},
     **{name: _NO_PREFIX for name in ("MAM", "PrefixTuning")},
+    "CIAT": {
+        r"what goes in for a text's tokens, and a \w+ has none: it reads (pixel|input)_(values|features)\.": _NO_TOKENS,
+        r"what goes in for a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),
+        r"first block of a \w+, '[\w.]+', is called 2 times for a text\. Adapter changes": ("ALBERT",),
+    },
     "InvertibleAdapter": {
         r"what goes in for a text's tokens, and a \w+ has none: it reads (pixel|input)_(values|features)\.": _NO_TOKENS,
         r"what goes in for a text's tokens, and a CLIPModel has none that it tells of": ("CLIP",),

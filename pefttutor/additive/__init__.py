@@ -6,6 +6,7 @@ from pefttutor.additive.input.ptuning import PTuning
 from pefttutor.additive.inside.adamix import AdaMix
 from pefttutor.additive.inside.adapter import Adapter
 from pefttutor.additive.inside.adapter_bias import AdapterBias
+from pefttutor.additive.inside.ciat import CIAT
 from pefttutor.additive.inside.compacter import Compacter
 from pefttutor.additive.inside.fusion import AdapterFusion
 from pefttutor.additive.inside.ia3 import IA3
@@ -18,6 +19,7 @@ from pefttutor.additive.inside.ssf import SSF
 from pefttutor.additive.output.proxy import ProxyTuning
 
 __all__ = [
+    "CIAT",
     "IA3",
     "LST",
     "PASTA",

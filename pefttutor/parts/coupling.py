@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pefttutor.data.trial import trial
 from pefttutor.parts.added import Added
 from pefttutor.parts.attachment import added_key
-from pefttutor.parts.blocks import blocks
-from pefttutor.parts.called import own_tokens
+from pefttutor.parts.entrance import entrance
 from pefttutor.parts.streams import hidden_states, token_table
 
 __all__ = ["Coupling", "Ends", "coupled", "ends", "uncoupled"]
@@ -132,34 +130,22 @@ def ends(model: Any) -> Ends:
 
     Raises: ValueError for a model in which they don't.
     """
-    table, kind = token_table(model, WHAT), type(model).__name__
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    stacks = [model.get_encoder(), model.get_decoder()] if both else [model]
-    names = {id(module): name for name, module in model.named_modules()}
-    firsts = {names[id(block)]: block for block in (blocks(stack)[1][0] for stack in stacks)}
     get: Any = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    tokens = own_tokens(model)
-    if tokens is None:
-        width = getattr(getattr(model, "config", None), "hidden_size", None) or table.shape[1]
-        return Ends(firsts, _even(int(width), kind), head)
-    read = _read_by(model, [*firsts.values(), *([] if head is None else [head])], tokens)
-    for path, block in firsts.items():
-        if len(read[block]) != 1:
+    found, kind = entrance(model, WHAT, [] if head is None else [head]), type(model).__name__
+    width = next(iter(found.widths.values()))
+    if found.read is None:
+        return Ends(found.firsts, _even(width, kind), head)
+    if head is not None:
+        (calls,), out, words = found.read, getattr(head, "out_features", None), len(token_table(model, WHAT))
+        if {*calls, *found.widths.values()} != {width} or len(calls) != 1 or out != words:
             raise ValueError(
-                f"{WHAT} tokens once, and the first block of a {kind}, {path!r}, is called {len(read[block])} times "
-                "for a text. Adapter changes the blocks themselves."
+                f"its inverse stands before output embeddings as wide as the blocks, and those of this {kind} read "
+                f"{calls or 'nothing'} and give {out} features, with {words} tokens and blocks of the width {width}. "
+                "Adapter changes the blocks alone; or attach it to the body, model.base_model, for a task that "
+                "predicts no words."
             )
-    width = read[next(iter(firsts.values()))][0]
-    seen, out = {n for module in read for n in read[module]}, getattr(head, "out_features", None)
-    if head is not None and (seen != {width} or len(read[head]) != 1 or out != len(table)):
-        raise ValueError(
-            f"its inverse stands before output embeddings as wide as the blocks, and those of this {kind} read "
-            f"{read[head] or 'nothing'} and give {out} features, with {len(table)} tokens and blocks of the "
-            f"width {width}. Adapter changes the blocks alone; or attach it to the body, model.base_model, for a task "
-            "that predicts no words."
-        )
-    return Ends(firsts, _even(width, kind), head)
+    return Ends(found.firsts, _even(width, kind), head)
 
 
 def _even(width: int, kind: str) -> int:
@@ -169,27 +155,3 @@ def _even(width: int, kind: str) -> int:
             "number. Adapter has no halves."
         )
     return width
-
-
-def _read_by(
-    model: Any, modules: list[nn.Module], tokens: Mapping[str, Tensor]
-) -> dict[nn.Module, list[int]]:
-    """How wide what each of the modules is called with is, for every call in a trial."""
-    widths: dict[nn.Module, list[int]] = {module: [] for module in modules}
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        widths[module].append(hidden_states(args, kwargs).shape[-1])
-
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    try:
-        with trial(model):
-            model(**tokens)
-    except Exception as error:  # whatever a model raises here means: it can't be tried in this way
-        raise ValueError(
-            f"a {type(model).__name__} can't be tried with three tokens alone ({type(error).__name__}: {error}), so it "
-            "isn't known what goes into its blocks."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return widths
