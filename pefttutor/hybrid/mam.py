@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.adapter_places import Places, add_bottlenecks, check_narrow, parallel_places
+from pefttutor.parts.adapter_places import (
+    Places,
+    add_bottlenecks,
+    check_beside,
+    check_narrow,
+    parallel_places,
+)
 from pefttutor.parts.bottleneck import ACTIVATIONS, width_of
 from pefttutor.parts.freezing import fully_trained, train_fully
 from pefttutor.parts.network import settle
@@ -81,11 +87,7 @@ class MAM:
         check_choice(self, "prefix_projection", (True, False))
         check_choice(self, "activation", tuple(ACTIVATIONS))
         check_names(self, "adapter_modules", "input_modules", "modules_to_save")
-        if (self.adapter_modules is None) != (self.input_modules is None):
-            raise ValueError(
-                "adapter_modules says beside which layers adapters stand, and input_modules what they read: give both "
-                "or neither."
-            )
+        check_beside(self)
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, put the prefix and the adapters in, and return it.

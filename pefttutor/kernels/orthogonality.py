@@ -2,8 +2,8 @@
 
     ‖D‖_F,   D = M Mᵀ − I for rows, Mᵀ M − I for columns;   its gradient is 2 D M / ‖D‖_F, or 2 M D / ‖D‖_F
 
-Left to autograd each matrix costs a dozen orders, each for some thousand numbers. Here matrices of one shape are
-stacked: they cost one product forward together, and one backward since D is symmetric.
+Left to autograd each matrix costs a dozen orders, each for some thousand numbers. Here all differences D lie in one
+tensor: a matrix costs one product forward, and one backward since D is symmetric.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pefttutor.kernels import threads
 from pefttutor.kernels.precision import unrounded
 
 __all__ = ["off_orthogonal", "off_orthogonal_norms", "off_orthogonal_norms_reference"]
@@ -38,56 +39,61 @@ def off_orthogonal_norms_reference(rows: Sequence[Tensor], columns: Sequence[Ten
     Shapes: rows k of (r, n), columns l of (n, r) → (k + l).
     """
     off = [off_orthogonal(matrix) for matrix in (*rows, *(matrix.t() for matrix in columns))]
-    return torch.stack([difference.norm() for difference in off])
+    return torch.stack([difference.norm().to(off[0].device) for difference in off])
 
 
 def off_orthogonal_norms(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    """The same function as the reference, faster for many matrices of few shapes.
+    """The same function as the reference, faster for many matrices of one rank.
 
     >>> off_orthogonal_norms([torch.eye(2, 3)], [torch.ones(4, 1)])     # 0; 4 − 1
     tensor([0., 3.])
 
-    Shapes: rows k of (r, n), columns l of (n, r), where r and n may differ → (k + l). There is at least one matrix.
-    Cost: for each matrix 2·r²·n FLOPs forward and as many backward. Kept for the backward pass: a copy of the matrices,
-        and r² numbers of each.
+    Shapes: rows k of (r, n), columns l of (n, r), where n may differ → (k + l). There is at least one matrix.
+    Cost: for each matrix 2·r²·n FLOPs forward and as many backward. Kept for the backward pass: r² numbers of each.
     """
-    matrices, shapes = (*rows, *columns), dict[Any, list[int]]()
-    for place, matrix in enumerate(matrices):
-        kind = place < len(rows), matrix.shape, matrix.dtype, matrix.device
-        shapes.setdefault(kind, []).append(place)
-    found = [
-        _Norms.apply(by_rows, *(matrices[i] for i in places)) for (by_rows, *_), places in shapes.items()
-    ]
-    device = matrices[0].device
-    order = torch.tensor([place for places in shapes.values() for place in places], device=device)
-    return torch.cat([norms.to(device) for norms in found])[order.argsort()]
+    matrices = (*rows, *columns)
+    kinds = {(m.dtype, m.device, r) for r, m in zip(_ranks(rows, columns), matrices, strict=True)}
+    if len(kinds) > 1 or threads.short_way(matrices[0].device):
+        return off_orthogonal_norms_reference(rows, columns)
+    return _Norms.apply(len(rows), *matrices)
+
+
+def _ranks(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[int]:
+    return [len(matrix) for matrix in rows] + [matrix.shape[1] for matrix in columns]
 
 
 class _Norms(torch.autograd.Function):
-    """Of matrices of one shape, by their rows or by their columns."""
+    """The first `rows` matrices by their rows, the others by their columns."""
 
     @staticmethod
-    def forward(ctx: Any, by_rows: bool, *matrices: Tensor) -> Tensor:
-        stacked = torch.stack(matrices)
-        with unrounded(stacked):
-            off = stacked @ stacked.mT if by_rows else stacked.mT @ stacked
+    def forward(ctx: Any, rows: int, *matrices: Tensor) -> Tensor:
+        first = matrices[0]
+        r = first.shape[0 if rows else 1]
+        off = first.new_empty(len(matrices), r, r)
+        with unrounded(first):
+            for i, (matrix, room) in enumerate(zip(matrices, off.unbind(), strict=True)):
+                left, right = (matrix, matrix.t()) if i < rows else (matrix.t(), matrix)
+                torch.mm(left, right, out=room)
         off.diagonal(dim1=1, dim2=2).sub_(1)
         norms = torch.linalg.vector_norm(off, dim=(1, 2))
-        ctx.by_rows = by_rows
-        ctx.save_for_backward(stacked, off, norms, *matrices)
+        ctx.rows = rows
+        ctx.save_for_backward(off, norms, *matrices)
         return norms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        stacked, off, norms, *matrices = ctx.saved_tensors
+        off, norms, *matrices = ctx.saved_tensors
+        rows = ctx.rows
         if torch.is_grad_enabled():  # the gradient's own gradient is autograd's
-            again = off_orthogonal_norms_reference(*((matrices, []) if ctx.by_rows else ([], matrices)))
+            again = off_orthogonal_norms_reference(matrices[:rows], matrices[rows:])
             wanted = [m for m, needed in zip(matrices, ctx.needs_input_grad[1:], strict=True) if needed]
             found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
             return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
-        share = torch.where(norms > 0, 2 * grad / norms, 0)[
-            :, None, None
-        ]  # what is orthogonal has no gradient
+        share = torch.where(norms > 0, 2 * grad / norms, 0)  # what is orthogonal has no gradient
         with unrounded(off):
-            grads = share * off @ stacked if ctx.by_rows else stacked @ (share * off)
-        return None, *grads.unbind()
+            return None, *(
+                (part.mm(matrix) if i < rows else matrix.mm(part)) if ctx.needs_input_grad[i + 1] else None
+                for i, (part, matrix) in enumerate(
+                    zip((off * share[:, None, None]).unbind(), matrices, strict=True)
+                )
+            )

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from pefttutor.kernels.orthogonality import off_orthogonal_norms
 from pefttutor.method import DEFAULT, attaching, attachments_of, learning
-from pefttutor.parts.added import NO_STEP, step_counter, steps_of
+from pefttutor.parts.added import step_counter, steps_of
 from pefttutor.parts.importances import Importances
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.part import Part, of_kind
+from pefttutor.parts.rank_budget import behind, check_budget, check_length, ranks_of
 from pefttutor.parts.settings import check_choice, check_number, check_whole
-from pefttutor.parts.triplets import KEPT, Triplets, draw_triplets, keep_highest
+from pefttutor.parts.triplets import Triplets, draw_triplets, keep_highest
 
 __all__ = ["AdaLoRA"]
 
@@ -81,24 +82,16 @@ class AdaLoRA:
 
     def __post_init__(self) -> None:
         check_lowrank(self, rank="init_r")
-        for name, least in (("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+        check_budget(self)
+        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
             check_whole(self, name, least=least)
         for name in ("beta1", "beta2"):
             check_number(self, name, above=0, below=1)
         check_number(self, "orth_reg_weight", least=0)
         for name in ("squared_penalty", "scale_by_rank"):
             check_choice(self, name, (True, False))
-        if self.target_r > self.init_r:
-            raise ValueError(
-                f"target_r is {self.target_r}; it must be at most init_r, {self.init_r}: ranks only go."
-            )
         if self.total_step is not None:
-            check_whole(self, "total_step")
-            if self.total_step <= self.tinit + self.tfinal:
-                raise ValueError(
-                    f"total_step is {self.total_step}; it must be more than tinit + tfinal, "
-                    f"{self.tinit + self.tfinal}, for the budget shrinks between them."
-                )
+            check_length(self, self.tinit + self.tfinal)
 
     @property
     def scaling(self) -> float:
@@ -129,11 +122,7 @@ class AdaLoRA:
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
         """How many triplets each layer has been given, by its name in the model."""
-        return {
-            part.path: int(part.held(KEPT).sum())
-            for a in attachments_of(model, self)
-            for part in of_kind(a.parts, Triplets)
-        }
+        return ranks_of(attachments_of(model, self))
 
     def budget(self, step: int, layers: int) -> int:
         """How many triplets all layers have together after a step, counted from 0: cubic between tinit and tfinal."""
@@ -177,13 +166,7 @@ class AdaLoRA:
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the budget has come down to its target, and if not, why."""
         for attachment in learning(model, self):
-            done, layers = int(steps_of(model, COUNTER, attachment.name)), of_kind(attachment.parts, Triplets)
-            if done == 0:
-                return f"the budget never moved from {self.init_r * len(layers)} ranks, for {NO_STEP}"
-            if self.total_step is not None and done < self.total_step:
-                now = self.budget(done - 1, len(layers))
-                return (
-                    f"the budget has come to {now} ranks, not to {self.target_r * len(layers)}, for the training had "
-                    f"{done} of total_step={self.total_step} steps: train on, or give total_step={done}"
-                )
+            layers, done = of_kind(attachment.parts, Triplets), steps_of(model, COUNTER, attachment.name)
+            if words := behind(self, len(layers), int(done), self.total_step or 0):
+                return words
         return None

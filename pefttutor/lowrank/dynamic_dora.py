@@ -16,14 +16,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pefttutor.kernels.precision import unrounded
 from pefttutor.method import DEFAULT, attaching, attachments_of, learning
-from pefttutor.parts.added import NO_STEP, Shared, step_counter, steps_of
+from pefttutor.parts.added import Shared, step_counter, steps_of
 from pefttutor.parts.attachment import Attachment
 from pefttutor.parts.linear import sizes
 from pefttutor.parts.lowrank_targets import add_lowrank, check_lowrank, count_lowrank
 from pefttutor.parts.part import of_kind
+from pefttutor.parts.rank_budget import behind, check_budget, check_length, ranks_of
 from pefttutor.parts.settings import check_number, check_whole
-from pefttutor.parts.triplets import KEPT, Triplets, keep_highest
+from pefttutor.parts.triplets import Triplets, keep_highest
 
 __all__ = ["DynamicDoRA"]
 
@@ -84,25 +86,16 @@ class DynamicDoRA:
 
     def __post_init__(self) -> None:
         check_lowrank(self, rank="init_r")
-        check_whole(self, "target_r")
+        check_budget(self)
         check_whole(self, "deltaT")
         check_number(self, "beta", above=0, below=1)
         check_number(self, "var_reg_weight", least=0)
         for name in ("tinit", "tfinal"):
             if getattr(self, name) is not None:
                 check_whole(self, name, least=0)
-        if self.target_r > self.init_r:
-            raise ValueError(
-                f"target_r is {self.target_r}; it must be at most init_r, {self.init_r}: ranks only go."
-            )
         if self.total_step is not None:
-            check_whole(self, "total_step")
             first, last = self._falls()
-            if first >= last:
-                raise ValueError(
-                    f"total_step is {self.total_step}; it must be more than tinit + tfinal, "
-                    f"{first + self.total_step - last}, for the budget shrinks between them."
-                )
+            check_length(self, first + self.total_step - last)
 
     @property
     def scaling(self) -> float:
@@ -134,11 +127,7 @@ class DynamicDoRA:
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
         """How many triplets each layer has kept, by its name in the model."""
-        return {
-            part.path: int(part.held(KEPT).sum())
-            for a in attachments_of(model, self)
-            for part in of_kind(a.parts, Triplets)
-        }
+        return ranks_of(attachments_of(model, self))
 
     def budget(self, step: int, layers: int) -> int:
         """How many triplets all layers have together after a step, counted from 0."""
@@ -190,15 +179,9 @@ class DynamicDoRA:
     def unfinished(self, model: nn.Module) -> str | None:
         """Whether the budget has come down to its target, and if not, why."""
         for attachment in learning(model, self):
-            done, layers = int(steps_of(model, COUNTER, attachment.name)), of_kind(attachment.parts, Triplets)
-            if done == 0:
-                return f"the budget never moved from {self.init_r * len(layers)} ranks, for {NO_STEP}"
-            if done <= self._falls()[1]:
-                now = self.budget(done - 1, len(layers))
-                return (
-                    f"the budget has come to {now} ranks, not to {self.target_r * len(layers)}, for the training had "
-                    f"{done} of total_step={self.total_step} steps: train on, or give total_step={done}"
-                )
+            layers, done = of_kind(attachment.parts, Triplets), steps_of(model, COUNTER, attachment.name)
+            if words := behind(self, len(layers), int(done), self._falls()[1] + 1):
+                return words
         return None
 
 
@@ -217,5 +200,6 @@ def _shares(layer: Triplets) -> Tensor:
     """|cᵢ| ‖aᵢ‖ ‖bᵢ‖ / ‖Σᵢ cᵢ bᵢ aᵢᵀ‖_F, without building the sum. Shapes: → (r)."""
     c, Q, P = layer.triplets
     scaled = c * Q
-    of_pairs = (scaled @ scaled.t()) * (P.t() @ P)  # ⟨cᵢ bᵢ aᵢᵀ, cⱼ bⱼ aⱼᵀ⟩
+    with unrounded(Q):  # a loop of one's own may take its step under autocast
+        of_pairs = (scaled @ scaled.t()) * (P.t() @ P)  # ⟨cᵢ bᵢ aᵢᵀ, cⱼ bⱼ aⱼᵀ⟩
     return of_pairs.diagonal().sqrt() / (of_pairs.sum().clamp_min(0).sqrt() + SMALL)

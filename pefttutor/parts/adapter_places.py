@@ -17,7 +17,15 @@ from pefttutor.parts.norms import is_norm
 from pefttutor.parts.streams import Hooked
 from pefttutor.parts.sublayers import sublayers
 
-__all__ = ["Places", "adapter_places", "add_bottlenecks", "check_narrow", "parallel_places", "sublayer_ends"]
+__all__ = [
+    "Places",
+    "adapter_places",
+    "add_bottlenecks",
+    "check_beside",
+    "check_narrow",
+    "parallel_places",
+    "sublayer_ends",
+]
 
 # The adapted layers by name, each with the name of the layer whose input is read, None for its own output.
 Places = Mapping[str, tuple[nn.Module, str | None]]
@@ -93,6 +101,15 @@ def add_bottlenecks(
         if source is not None:
             new.add(Hooked([(model.get_submodule(source.path), source.note)]))
         new.add(Bottleneck(path, layer, new.name, drawn, source=source, **how))
+
+
+def check_beside(method: Any) -> None:
+    """Raise ValueError unless a method has both of adapter_modules and input_modules, or neither."""
+    if (method.adapter_modules is None) != (method.input_modules is None):
+        raise ValueError(
+            "adapter_modules says beside which layers adapters stand, and input_modules what they read: give both or "
+            "neither."
+        )
 
 
 def check_narrow(layers: Mapping[str, nn.Module], bottleneck: int) -> None:

@@ -5,7 +5,7 @@ x ← x + W_u ReLU(W_d LN(x) + b_d) + b_u          W_d (m, d), W_u (d, m);  LN h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -38,16 +38,13 @@ class EmbeddingBottleneck(Added):
     rank: ClassVar[int] = 1  # see `Hooked`: after virtual tokens, which pass it as words do
 
     def __init__(
-        self,
-        firsts: Mapping[str, nn.Module],
-        name: str,
-        drawn: Callable[[str], Mapping[str, Tensor]],
+        self, firsts: Mapping[str, nn.Module], name: str, drawn: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
-        """firsts: the first blocks by name. drawn: W_d, b_d, W_u and b_u of a block, by `draw_projections`' keys."""
+        """firsts: the first blocks by name. drawn: for each W_d, b_d, W_u and b_u, as of `draw_projections`."""
         self.keys = tuple(added_key(key, name) for key in KEYS)
         places = []
         for path, block in firsts.items():
-            down, down_bias, up, up_bias = drawn(path).values()
+            down, down_bias, up, up_bias = drawn[path].values()
             start = torch.ones_like(up_bias), torch.zeros_like(up_bias), down, down_bias, up, up_bias
             like = next(p for p in block.parameters() if p.is_floating_point())
             wide = torch.promote_types(
@@ -82,7 +79,7 @@ class EmbeddingBottleneck(Added):
             )  # mean and 1/σ
         narrow = tape.activation("relu", tape.linear(read, m, kind, weight=learns, bias=learns), kind)
         tape.linear(narrow, x.width, kind, weight=learns, bias=learns)
-        if read.grad and own[0].element_size() != x.itemsize:  # the norm's scale and both matrices, rounded
-            for rows in (1, m, m):
+        if read.grad and own[0].element_size() != x.itemsize:  # the norm's two and both matrices, rounded
+            for rows in (1, 1, m, m):
                 tape.save(x.like(rows=rows), kind)
         return x.like(grad=read.grad)

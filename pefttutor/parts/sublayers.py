@@ -26,10 +26,12 @@ __all__ = ["Sublayer", "sublayers", "trial_inputs"]
 @dataclass(frozen=True)
 class Sublayer:
     """One sublayer. end: the linear layer that gives its output. start: the first that is called in it, which reads
-    the sublayer's input. last: whether it is its block's last one, the feed-forward."""
+    the sublayer's input. first, last: whether it is its block's first one, the self-attention, and its last one, the
+    feed-forward; a decoder's attention to an encoder lies between."""
 
     end: str
     start: str
+    first: bool
     last: bool
 
 
@@ -62,7 +64,9 @@ def sublayers(model: nn.Module, field: str = "target_modules") -> list[Sublayer]
             f"its end, and in this {type(model).__name__} {found}: {_way_out(model, field)}"
         )
     last = {block: name for name, block in block_of.items()}
-    return [Sublayer(name, _start(name, calls, block_of), last[block_of[name]] == name) for name in ends]
+    first = {block: name for name, block in reversed(block_of.items())}
+    outer = {name: (first[block] == name, last[block] == name) for name, block in block_of.items()}
+    return [Sublayer(name, _start(name, calls, block_of), *outer[name]) for name in ends]
 
 
 def _way_out(model: nn.Module, field: str) -> str:

@@ -153,6 +153,18 @@ def test_a_small_layer_keeps_as_much_as_a_large_one():
     assert all(method.ranks(model).values())
 
 
+def test_a_step_under_autocast_sees_the_same_shares():
+    found = []
+    for cast in (False, True):
+        method = DynamicDoRA(init_r=3, target_r=1, total_step=4, target_modules=LAYERS)
+        model = drawn(method.attach(net().float()))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            Hooks(model).after_step(0)
+        found.append(model.lora_shares)
+    assert found[0].all()
+    assert torch.equal(*found)
+
+
 def test_files_hold_the_ranks_and_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
     method = DynamicDoRA(init_r=3, target_r=1, total_step=8, target_modules=LAYERS)
     examples = [{"x": x} for x in torch.randn(12, 8, dtype=F64)]

@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from pefttutor.method import DEFAULT, attaching
-from pefttutor.parts.adapter_places import Places, add_bottlenecks, check_narrow, parallel_places
+from pefttutor.parts.adapter_places import (
+    Places,
+    add_bottlenecks,
+    check_beside,
+    check_narrow,
+    parallel_places,
+)
 from pefttutor.parts.bottleneck import ACTIVATIONS, draw_projections, width_of
 from pefttutor.parts.embedding_bottleneck import EmbeddingBottleneck
 from pefttutor.parts.entrance import Entrance, entrance
@@ -79,11 +85,7 @@ class CIAT:
             check_number(self, "init_std", above=0)
         check_whole(self, "init_seed", least=0)
         check_names(self, "adapter_modules", "input_modules", "modules_to_save")
-        if (self.adapter_modules is None) != (self.input_modules is None):
-            raise ValueError(
-                "adapter_modules says beside which layers adapters stand, and input_modules what they read: give both "
-                "or neither."
-            )
+        check_beside(self)
 
     def attach(self, model: nn.Module, *, name: str = DEFAULT) -> nn.Module:
         """Freeze `model`, put the adapters in, and return it.
@@ -94,13 +96,11 @@ class CIAT:
             fully = train_fully(model, (), self.modules_to_save)
             found, places = self._found(model)
             generator = torch.Generator().manual_seed(self.init_seed)
-            over = EmbeddingBottleneck(
-                found.firsts,
-                name,
-                lambda path: draw_projections(
-                    found.widths[path], self._over(found.widths[path]), generator, self.init_std
-                ),
-            )
+            drawn = {
+                path: draw_projections(width, self._over(width), generator, self.init_std)
+                for path, width in found.widths.items()
+            }
+            over = EmbeddingBottleneck(found.firsts, name, drawn)
             new.add(over)
             new.add(Hooked([(block, over.enter) for block in found.firsts.values()]))
             for path, place in places.items():
@@ -135,15 +135,8 @@ class CIAT:
                     f"must be at most {width}."
                 )
         if named is None:
-            own, begins = (
-                [],
-                True,
-            )  # the first sublayer of a block, and the last: attention to an encoder lies between
-            for sublayer in sublayers(model, "adapter_modules"):
-                if begins or sublayer.last:
-                    own.append(sublayer)
-                begins = sublayer.last
-            named, read = tuple(s.end for s in own), tuple(s.start for s in own)
+            outer = [s for s in sublayers(model, "adapter_modules") if s.first or s.last]
+            named, read = tuple(s.end for s in outer), tuple(s.start for s in outer)
         places = parallel_places(model, named, read, self.modules_to_save, field="adapter_modules")
         if self.bottleneck is not None:
             check_narrow({path: layer for path, (layer, _) in places.items()}, self.bottleneck)
